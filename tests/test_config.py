@@ -1,0 +1,191 @@
+"""YAML with line numbers, dataset and hyper-parameter files, command-line options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from utils.config import (
+    ROOT,
+    ArgumentParser,
+    UserError,
+    check_hyp,
+    find_file,
+    load_dataset,
+    options_from,
+    owned,
+    read_hyp,
+    read_yaml,
+)
+
+
+def write(folder: Path, text: str, name: str = "some.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_lines_of_nested_keys_are_kept(tmp_path: Path) -> None:
+    file = read_yaml(write(tmp_path, "# comment\nnames:\n  0: a\n  1: b\nrows:\n- [-1, 1, Conv, [64]]\n"))
+    assert file.where("names", 1).endswith("some.yaml:4")
+    assert file.where("rows", 0, 3).endswith("some.yaml:6")
+    assert file.where("rows", 7).endswith("some.yaml:5")  # nearest parent
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "some.yaml:2: 'a' is given twice (first on line 1)"),
+        ("a: [1\nb: 2\n", "some.yaml:2: not valid YAML"),
+        ("- 1\n", "expected `key: value` lines, found a list"),
+        ("", "found nothing"),
+        ("a: !!python/object/apply:os.system ['true']\n", "some.yaml:1: the tag "),
+        ("[1]: 2\n", "some.yaml:1:"),
+    ],
+)
+def test_a_broken_yaml_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_yaml(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_explode_are_refused(tmp_path: Path) -> None:
+    text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    with pytest.raises(UserError, match="aliases expand"):
+        read_yaml(write(tmp_path, text))
+
+
+def test_a_file_in_another_encoding_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "gbk.yaml"
+    path.write_bytes("a: 1\nb: 汽车\n".encode("gbk"))
+    with pytest.raises(UserError, match=r"gbk.yaml:2: not UTF-8"):
+        read_yaml(path)
+
+
+def test_a_bare_name_is_found_below_data() -> None:
+    assert find_file("coco128.yaml") == ROOT / "data" / "coco128.yaml"
+    assert find_file("hyp.scratch-low.yaml") == ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
+
+
+def test_a_misspelt_file_gets_a_suggestion() -> None:
+    with pytest.raises(UserError, match=r"Did you mean 'coco128.yaml'\?"):
+        find_file("coco182.yaml")
+
+
+def test_a_file_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a file ending in .yaml or .yml"):
+        find_file(write(tmp_path, "", "data.txt"), suffixes=(".yaml", ".yml"))
+
+
+def test_the_dataset_root_is_looked_for_below_the_variable_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets" / "pets").mkdir(parents=True)
+    monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / "sets"))
+    path = write(tmp_path, "path: ../datasets/pets\ntrain: a\nval: [b, c]\nnames: [cat]\n")
+    spec = load_dataset(path)
+    assert spec.root == tmp_path / "sets" / "pets"
+    assert spec.val == (spec.root / "b", spec.root / "c")
+    assert spec.names == {0: "cat"}
+
+
+def test_upstreams_spelling_of_the_variable_means_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pets").mkdir()
+    monkeypatch.delenv("YOLOV5_DATASETS_DIR", raising=False)
+    monkeypatch.setenv("YOLOv5_DATASETS_DIR", str(tmp_path))
+    assert (
+        load_dataset({"path": "../datasets/pets", "train": "a", "val": "b", "names": ["x"]}).root == tmp_path / "pets"
+    )
+
+
+def test_the_dataset_root_may_be_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("YOLOV5_DATASETS_DIR", raising=False)
+    assert load_dataset({"path": "mine", "train": "a", "val": "b", "names": ["x"]}).root == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("val: b\nnames: [x]\n", "has no 'train' entry"),
+        ("train: a\nval: b\n", "expected `names:`"),
+        ("train: a\nval: b\nnames:\n  1: x\n", "some.yaml:4: class numbers must run 0, 1, 2"),
+        ("train: a\nval: b\nnames: [x]\nnc: 2\n", "some.yaml:4: nc is 2, but 1 names follow"),
+        ("train: a\nval: b\nnames: [x]\ndownload: bash get.sh\n", "some.yaml:4: 'download' takes the https address"),
+        ("train: 3\nval: b\nnames: [x]\n", "some.yaml:1: 'train' takes folders"),
+        ("train: a\nval: b\nnames: [x]\ndraw: cats\n", "some.yaml:4: can draw 'shapes' only"),
+    ],
+)
+def test_a_wrong_dataset_entry_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_dataset(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_a_split_the_yaml_does_not_name_says_which() -> None:
+    spec = load_dataset({"train": "a", "val": "b", "names": ["x"]})
+    with pytest.raises(UserError, match="names no 'test' images"):
+        spec.split("test")
+
+
+@dataclass
+class Owner:
+    lr0: float = field(default=0.01, metadata={"min": 0.0, "max": 1.0})
+    fliplr: float = 0.5
+
+
+def test_hyp_is_completed_with_defaults_and_handed_out(tmp_path: Path) -> None:
+    hyp = check_hyp(read_hyp(write(tmp_path, "lr0: 1e-3\n")), [Owner])
+    assert owned(Owner, hyp) == Owner(lr0=0.001, fliplr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr0: 0.1\nfliprl: 1\n", "some.yaml:2: unknown key 'fliprl'. Did you mean 'fliplr'?"),
+        ("lr0: 3\n", "some.yaml:1: 'lr0' is 3, expected 0 to 1"),
+        ("lr0: fast\n", "some.yaml:1: 'lr0' must be a number, found 'fast'"),
+        ("lr0: .nan\n", "must be a number"),
+        ("lr0: true\n", "must be a number"),
+    ],
+)
+def test_a_wrong_hyper_parameter_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_hyp(read_hyp(write(tmp_path, text)), [Owner])
+    assert message in str(caught.value)
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(prog="some.py")
+    made.add_argument("--imgsz", "--img", type=int, default=640, help="size")
+    made.add_argument("--optimizer", choices=["SGD", "Adam"], default="SGD", help="which")
+    return made
+
+
+def test_flags_may_be_abbreviated() -> None:
+    assert parser().parse_args(["--im", "320", "--opt", "Adam"]).imgsz == 320
+
+
+def test_an_unknown_flag_gets_a_suggestion_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--imgzs", "320"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "--imgzs" in error
+    assert "Did you mean '--imgsz'?" in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_keyword_is_an_error_as_an_unknown_flag_is() -> None:
+    assert options_from(parser(), {"imgsz": 320}).imgsz == 320
+    with pytest.raises(UserError, match=r"unknown option 'imgzs'. Did you mean 'imgsz'\?"):
+        options_from(parser(), {"imgzs": 320})
+    with pytest.raises(UserError, match="expected one of SGD, Adam"):
+        options_from(parser(), {"optimizer": "Lion"})
