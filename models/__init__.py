@@ -1,0 +1,1 @@
+"""The networks: layers, the YAML as data, the model classes, checkpoints."""
