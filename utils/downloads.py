@@ -1,0 +1,373 @@
+"""Weights and data by name: looked for on this machine first, then fetched over https, checked, and put in place whole.
+
+Only three functions reach for the network, and only when called: nothing is fetched on import, nothing is asked for
+newer versions, and what arrives is data. A download is written beside its target under a temporary name, so a broken
+connection leaves nothing that looks like a file of weights.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from utils.config import UserError, closest, display_path
+from utils.runtime import LOGGER, ROOT
+
+RELEASE_TAG = "v7.0"
+RELEASE_URL = "https://github.com/ultralytics/yolov5/releases/download/{tag}/{name}"
+OFFICIAL = re.compile(r"yolov5[nsmlx](?:6|-seg|-cls)?\.pt")
+# The releases publish no sums. Known by having the file; the others are checked by size, zip structure and CRC.
+SHA256 = {("yolov5n.pt", "v6.0"): "edd2e5cc4e3caa4b508168b51d9dc529da58b37813e0d2c8b49aba06aa3472dc"}
+OFFLINE_HINT = "What runs now: --data shapes.yaml --weights yolov5n-shapes.pt"
+TIMEOUT_SECONDS = 10.0
+MIN_WEIGHTS_BYTES = 100_000
+CHUNK_BYTES = 1 << 20
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+BROKEN_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+DECOMPRESSORS: dict[str, Callable[..., Any]] = {
+    "gz": gzip.open,
+    "tgz": gzip.open,
+    "bz2": bz2.open,
+    "tbz2": bz2.open,
+    "xz": lzma.open,
+    "txz": lzma.open,
+}
+MAX_ARCHIVE_ENTRIES = 5_000_000  # Objects365 has 2 million images
+MAX_EXPANSION = 100  # unpacked bytes per archive byte; label files reach 10, images 1
+SMALL_ARCHIVE_BYTES = 1 << 30  # below this the ratio does not matter
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith("https://"):
+            raise urllib.error.URLError(f"redirected to {newurl[:80]}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def open_url(url: str) -> Any:
+    """The response to a GET of an https URL; raises `OSError` (`URLError` is one) or `HTTPException`."""
+    if not url.lower().startswith("https://"):
+        raise urllib.error.URLError("only https is fetched")
+    request = urllib.request.Request(url, headers={"User-Agent": "yolov5-se"})
+    return urllib.request.build_opener(_HttpsOnly).open(request, timeout=TIMEOUT_SECONDS)
+
+
+def find_weights(name: str | Path) -> Path:
+    """The file that `--weights NAME` stands for.
+
+    Looked for as a path, then by its name in the working directory, in `YOLOV5_WEIGHTS_DIR` and in the repository. An
+    official name (`yolov5s.pt`, `yolov5m6.pt`, `yolov5n-seg.pt`, ...) that is nowhere is fetched from the release into
+    the working directory; so is an https URL.
+
+    Raises:
+        UserError: found nowhere (with the places and the most similar file), or not fetched (no network, wrong size,
+            not a zip archive, another checksum).
+    """
+    text = str(name).strip()
+    if not text:
+        raise UserError("--weights: no file named. Give a .pt file such as yolov5s.pt.")
+    if "://" in text:
+        return _weights_from_url(text)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if not path.suffix:
+        path = path.with_suffix(".pt")
+    official = OFFICIAL.fullmatch(path.name) is not None
+    folders = _weights_folders()
+    for candidate in [path, *_candidates(path, folders, official=official)]:
+        if candidate.is_file():
+            return candidate
+    if official:
+        return fetch_weights(path.name, Path.cwd())
+    known = {file.name for folder in folders for file in folder.glob("*.pt")}
+    similar = closest(path.name, known | {f"yolov5{size}.pt" for size in "nsmlx"})
+    raise UserError(f"{text}: no such weights file; looked in {_places(folders)}.{similar}")
+
+
+def _weights_folders() -> list[Path]:
+    """Where weights are looked for by name; each folder once."""
+    variable = os.environ.get("YOLOV5_WEIGHTS_DIR")
+    folders = [Path.cwd(), *([Path(variable).expanduser()] if variable else []), ROOT]
+    return list(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def _candidates(path: Path, folders: list[Path], *, official: bool) -> list[Path]:
+    """A path with folders is only tried below the repository too: `exp2/best.pt` must not become another `best.pt`."""
+    if len(path.parts) == 1 or official:
+        return [folder / path.name for folder in folders]
+    return [] if path.is_absolute() else [ROOT / path]
+
+
+def _places(folders: list[Path]) -> str:
+    unset = "" if os.environ.get("YOLOV5_WEIGHTS_DIR") else " (YOLOV5_WEIGHTS_DIR is not set)"
+    return ", ".join(str(folder) for folder in folders) + unset
+
+
+def fetch_weights(name: str, folder: Path, *, tag: str = RELEASE_TAG) -> Path:
+    """Fetch an official file into `folder`, checked before it gets its name.
+
+    Raises:
+        UserError: one line with the places looked in, the reason, and what runs without a network.
+    """
+    url = RELEASE_URL.format(tag=tag, name=name)
+    target = folder / name
+    try:
+        _fetch(url, target, SHA256.get((name, tag)))
+    except (OSError, HTTPException, DownloadProblem) as problem:
+        raise UserError(
+            f"{name}: not in {_places(_weights_folders())}, and not fetched from {url} ({_reason(problem)})."
+            f" {OFFLINE_HINT}"
+        ) from None
+    return target
+
+
+def _weights_from_url(url: str) -> Path:
+    name = PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    if not name.endswith(".pt") or "\\" in name:
+        raise UserError(f"{url}: not the address of a .pt file.")
+    target = Path.cwd() / name
+    if target.is_file():
+        return target
+    try:
+        _fetch(url, target, None)
+    except (OSError, HTTPException, DownloadProblem) as problem:
+        raise UserError(f"{url}: not fetched ({_reason(problem)}).") from None
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------------ fetching
+
+
+class DownloadProblem(ValueError):
+    """What arrived is not what was asked for; becomes part of a `UserError`."""
+
+
+def _reason(problem: BaseException) -> str:
+    """One short line for an error of urllib, the disk or our checks."""
+    reason = getattr(problem, "reason", None) or problem
+    text = getattr(reason, "strerror", None) or str(reason) or type(problem).__name__
+    return " ".join(str(text).split())[:160]
+
+
+def _fetch(url: str, target: Path, sha256: str | None) -> None:
+    """Download weights and check them under a temporary name beside `target`, then give them the name."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, partial, label=target.name)
+        _check_weights(partial, target.name, sha256)
+        os.replace(partial, target)
+    finally:
+        with contextlib.suppress(OSError):  # gone after the replacement; an error before it says more
+            partial.unlink()
+
+
+def _download(url: str, path: Path, *, label: str) -> None:
+    """Write the body of `url` to `path` with a progress bar, checking the length that the server announced."""
+    LOGGER.info("Fetching %s", url)
+    with open_url(url) as response, path.open("wb") as file:
+        announced = response.headers.get("Content-Length")
+        total = int(announced) if announced and announced.isdecimal() else None
+        if total is not None and total > shutil.disk_usage(path.parent).free:
+            raise DownloadProblem(f"{total / 1e6:.0f} MB do not fit on the disk")
+        received = 0
+        with tqdm(total=total, unit="B", unit_scale=True, desc=label, delay=1.0) as progress:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                received += len(chunk)
+                progress.update(len(chunk))
+                if total is not None and received > total:
+                    break
+        file.flush()
+        os.fsync(file.fileno())
+    if total is not None and received != total:
+        raise DownloadProblem(f"{received} bytes arrived of {total}")
+
+
+def _check_weights(path: Path, name: str, sha256: str | None) -> None:
+    """Raise `DownloadProblem` unless `path` is a whole checkpoint, and the known one where the sum is known."""
+    size = path.stat().st_size
+    if size < MIN_WEIGHTS_BYTES:
+        raise DownloadProblem(f"{size} bytes are too few for weights")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            whole = broken is None and any(member.endswith("/data.pkl") for member in archive.namelist())
+    except BROKEN_ERRORS:
+        whole = False
+    if not whole:
+        raise DownloadProblem("what arrived is not a whole checkpoint")
+    if sha256:
+        with path.open("rb") as file:
+            found = hashlib.sha256()
+            while chunk := file.read(CHUNK_BYTES):
+                found.update(chunk)
+        if found.hexdigest() != sha256:
+            raise DownloadProblem(f"its sha256 {found.hexdigest()} is not that of {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------ archives
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file or folder of an archive."""
+
+    name: str
+    size: int
+    is_folder: bool
+    handle: Any
+
+
+def fetch_archive(url: str, folder: str | Path) -> Path:
+    """Fetch an https zip or tar and unpack it into `folder`; files already there are kept.
+
+    The archive is unpacked into a temporary folder and moved into place when it is whole. Returns the one top folder it
+    brought, or `folder` if it brought several things.
+
+    Raises:
+        UserError: not https, not a zip or tar, not reachable, broken, or an archive that writes outside its folder,
+            holds links or devices, or unpacks to an unreasonable size.
+    """
+    folder = Path(folder)
+    parts = urllib.parse.urlsplit(url)
+    name = PurePosixPath(urllib.parse.unquote(parts.path)).name.lower()
+    if parts.scheme != "https" or not name.endswith(ARCHIVE_SUFFIXES):
+        raise UserError(f"{url}: only an https address of a {', '.join(ARCHIVE_SUFFIXES)} archive is fetched.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+            archive = Path(temporary) / f"archive.{name}"
+            _download(url, archive, label=name)
+            unpack(archive, Path(temporary) / "content")
+            return _move_into(Path(temporary) / "content", folder)
+    except DownloadProblem as problem:
+        raise UserError(f"{url}: refused: {problem}.") from None
+    except (OSError, HTTPException) as problem:
+        raise UserError(f"{url}: not fetched into {display_path(folder)} ({_reason(problem)}).") from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar into the new `folder`; regular files and folders only.
+
+    Raises:
+        DownloadProblem: broken, or refused as `fetch_archive` says.
+    """
+    limit = max(SMALL_ARCHIVE_BYTES, MAX_EXPANSION * archive.stat().st_size)
+    root = folder.resolve()
+    root.mkdir(parents=True)
+    total = count = 0
+    try:
+        for entry, read in _entries(archive):
+            parts = _safe_parts(entry.name)
+            count, total = count + 1, total + entry.size
+            if count > MAX_ARCHIVE_ENTRIES or total > limit:
+                raise DownloadProblem(f"it unpacks to more than {limit / 1e9:.1f} GB or {MAX_ARCHIVE_ENTRIES} files")
+            if entry.size > shutil.disk_usage(root).free:
+                raise DownloadProblem("its content does not fit on the disk")
+            target = root.joinpath(*parts)
+            if not parts or parts[0] == "__MACOSX":
+                continue
+            if entry.is_folder:
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with read(entry) as source, target.open("xb") as file:  # x: no entry replaces another
+                shutil.copyfileobj(source, file, CHUNK_BYTES)
+    except DownloadProblem:
+        raise
+    except FileExistsError:
+        raise DownloadProblem("two of its entries have the same name") from None
+    except (*BROKEN_ERRORS, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError) as problem:
+        raise DownloadProblem(f"the archive is broken ({_reason(problem)})") from None
+
+
+def _entries(archive: Path) -> Iterator[tuple[_Entry, Any]]:
+    """Every entry with a function that opens it; raises `DownloadProblem` at links, devices and encryption."""
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 0x1:
+                    raise DownloadProblem(f"its entry {info.filename[:80]!r} is a link, a device or encrypted")
+                yield _Entry(info.filename, info.file_size, info.is_dir(), info), lambda e: zipped.open(e.handle)
+        return
+    opener = next((open_ for suffix, open_ in DECOMPRESSORS.items() if archive.name.endswith(suffix)), open)
+    with opener(archive, "rb") as file, tarfile.open(fileobj=_SmallReads(file), mode="r:") as tarred:
+        for member in tarred:
+            if not (member.isreg() or member.isdir()):
+                raise DownloadProblem(f"its entry {member.name[:80]!r} is a link or a device")
+            yield _Entry(member.name, member.size, member.isdir(), member), lambda e: _tar_file(tarred, e.handle)
+
+
+class _SmallReads(io.RawIOBase):
+    """A file that refuses to be read in one go: tarfile reads a name as long as its header claims into memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= 2 * CHUNK_BYTES:
+            raise DownloadProblem("an entry has a name or header of unreasonable size (a bomb?)")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _tar_file(tarred: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = tarred.extractfile(member)
+    assert file is not None, "only regular files get here"
+    return file
+
+
+def _safe_parts(name: str) -> list[str]:
+    """The folders and the file of an entry; raises `DownloadProblem` where they lead outside on any system."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if name.startswith(("/", "\\")) or ".." in parts or any(":" in part or "\0" in part for part in parts):
+        raise DownloadProblem(f"its entry {name[:80]!r} would be written outside its folder")
+    return parts
+
+
+def _move_into(content: Path, folder: Path) -> Path:
+    """Move everything below `content` to `folder`; folders are merged, files already there win."""
+    tops = sorted(content.iterdir())
+    for source in tops:
+        _merge(source, folder / source.name)
+    return folder / tops[0].name if len(tops) == 1 and tops[0].name else folder
+
+
+def _merge(source: Path, target: Path) -> None:
+    if not os.path.lexists(target):
+        os.replace(source, target)
+    elif source.is_dir() and target.is_dir():
+        for child in sorted(source.iterdir()):
+            _merge(child, target / child.name)
