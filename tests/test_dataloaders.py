@@ -1,0 +1,365 @@
+"""Batches: rectangular shapes, the way back to the file, and samples that depend on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import TinyDataset
+from utils.boxes import cxcywhn_to_xyxy, undo_letterbox
+from utils.config import UserError
+from utils.dataloaders import (
+    Batch,
+    BatchOrder,
+    ImageDataset,
+    ImageError,
+    Loader,
+    LoaderOptions,
+    build_loader,
+    num_workers,
+    prepare,
+    read_image,
+    rect_order,
+    rect_shapes,
+)
+
+STRONG = dict(mosaic=0.7, mixup=0.5, degrees=10, scale=0.5, translate=0.1, shear=2, perspective=0.0005, flipud=0.5)
+TRAIN: dict[str, Any] = dict(imgsz=64, batch_size=3, augment=True, shuffle=True, hyp=STRONG)
+
+
+def build(data: TinyDataset, task: str = "train", **options: Any) -> tuple[Loader, ImageDataset]:
+    spec = prepare(data.yaml, task=task)
+    return build_loader(spec, spec.split(task), LoaderOptions(**options))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        torch.equal(a.images, b.images)
+        and torch.equal(a.targets, b.targets)
+        and (a.paths, a.indices, a.letterboxes) == (b.paths, b.indices, b.letterboxes)
+    )
+
+
+# --- rectangular batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "pad", "shapes"),
+    (
+        ((1.0, 1.0), 0.5, [(672, 672)]),
+        ((0.75, 0.75), 0.5, [(512, 672)]),
+        ((0.6, 0.75), 0.5, [(512, 672)]),
+        ((4 / 3, 1.5), 0.5, [(672, 512)]),
+        ((0.75, 1.5), 0.5, [(672, 672)]),
+        ((0.75, 0.75), 0.0, [(480, 640)]),
+        ((0.5, 0.5, 2.0), 0.0, [(320, 640), (640, 320)]),
+    ),
+)
+def test_rectangular_shapes_are_those_of_yolov5(
+    ratios: tuple[float, ...], pad: float, shapes: list[tuple[int, int]]
+) -> None:
+    assert rect_shapes(np.array(ratios), 2, LoaderOptions(imgsz=640, batch_size=2, pad=pad)) == shapes
+
+
+def test_validation_on_coco128_has_the_reference_shapes(datasets_dir: Path) -> None:
+    images = str(datasets_dir / "coco128" / "images" / "train2017")
+    spec = prepare({"train": images, "val": images, "names": [str(i) for i in range(80)]})
+    loader, dataset = build_loader(
+        spec, spec.split("val"), LoaderOptions(imgsz=640, batch_size=32, rect=True, pad=0.5, workers=0)
+    )
+    assert sum(map(len, dataset.labels_list)) == 929
+    ratios = dataset.shapes_hw[:, 0] / dataset.shapes_hw[:, 1]
+    assert (np.diff(ratios) >= 0).all()
+    assert dataset.batch_shapes == [(448, 672), (512, 672), (672, 672), (672, 608)] and len(loader) == 4
+
+
+def test_rectangular_batches_hold_every_image_once_in_order_of_aspect_ratio(tiny_dataset: TinyDataset) -> None:
+    loader, dataset = build(tiny_dataset, imgsz=64, batch_size=4, rect=True, pad=0.5, workers=0)
+    batches = list(loader)
+    assert [tuple(batch.images.shape) for batch in batches] == [(4, 3, 64, 96), (4, 3, 96, 64)]
+    names = [Path(path).name for batch in batches for path in batch.paths]
+    assert names == [f"train{i}.png" for i in (0, 2, 4, 6, 1, 3, 5, 7)], "images of equal shape keep their order"
+    assert [i for batch in batches for i in batch.indices] == list(range(8)) and len(dataset) == 8
+
+
+def test_of_equal_ratios_the_larger_image_comes_first_and_the_rest_keep_their_order() -> None:
+    shapes_hw = np.array(((50, 50), (30, 40), (60, 80), (20, 40), (60, 80)))
+    assert rect_order(shapes_hw).tolist() == [3, 2, 4, 1, 0]
+
+
+def test_rect_and_shuffle_together_keep_the_order_and_say_so(
+    tiny_dataset: TinyDataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
+    loader, _ = build(tiny_dataset, **{**TRAIN, "rect": True, "workers": 0})
+    assert "not shuffled" in caplog.text
+    assert [i for batch in loader for i in batch.indices] == list(range(8))
+
+
+# --- from the batch back to the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rect", (True, False))
+@pytest.mark.parametrize("imgsz", (64, 128, 160))
+def test_targets_lead_back_to_the_labels_in_the_file(rect: bool, imgsz: int, tiny_dataset: TinyDataset) -> None:
+    loader, dataset = build(tiny_dataset, "val", imgsz=imgsz, batch_size=3, rect=rect, pad=0.5, workers=0)
+    seen = 0
+    for batch in loader:
+        height, width = batch.images.shape[2:]
+        for number, (fitted, index) in enumerate(zip(batch.letterboxes, batch.indices)):
+            assert fitted is not None and fitted.size_hw == (height, width)
+            original_h, original_w = dataset.shapes_hw[index].tolist()
+            assert fitted.original_hw == (original_h, original_w)
+            assert fitted.scale == pytest.approx(imgsz / max(original_h, original_w), rel=0.02)
+            rows = batch.targets[batch.targets[:, 0] == number]
+            back = undo_letterbox(cxcywhn_to_xyxy(rows[:, 2:], width, height), fitted).numpy()
+            labels = dataset.labels_list[index]
+            assert np.array_equal(rows[:, 1].numpy(), labels[:, 0])
+            assert np.abs(back - cxcywhn_to_xyxy(labels[:, 1:], original_w, original_h)).max() < 1
+            seen += 1
+    assert seen == 4
+
+
+def test_the_scale_is_that_of_the_height_when_the_width_was_rounded_up(own_tiny_dataset: TinyDataset) -> None:
+    for file in own_tiny_dataset.val:
+        cv2.imwrite(str(file), np.zeros((101, 77, 3), np.uint8))
+    loader, _ = build(own_tiny_dataset, "val", imgsz=64, batch_size=1, workers=0)
+    fitted = next(iter(loader)).letterboxes[0]
+    assert fitted is not None and fitted.scale == 64 / 101
+    assert fitted.pad_xy == (7.5, 0.0), "77 * 64 / 101 = 48.8 pixels are rounded up to 49"
+
+
+def test_images_arrive_as_rgb_planes_on_grey(tiny_dataset: TinyDataset) -> None:
+    loader, _ = build(tiny_dataset, "val", imgsz=128, batch_size=4, workers=0)
+    batch = next(iter(loader))
+    assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous() and len(batch) == 4
+    for image, path, fitted in zip(batch.images, batch.paths, batch.letterboxes):
+        assert fitted is not None
+        x, y = (int(pad) for pad in fitted.pad_xy)
+        file = read_image(path)
+        inner = image[:, y : y + file.shape[0], x : x + file.shape[1]].permute(1, 2, 0).numpy()
+        assert np.array_equal(inner, file[..., ::-1])
+        assert (image[:, :y] == 114).all() and (image[:, :, :x] == 114).all()
+
+
+def test_targets_are_grouped_by_image_and_lie_in_0_to_1(tiny_dataset: TinyDataset) -> None:
+    loader, _ = build(tiny_dataset, **{**TRAIN, "workers": 0})
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch.targets.shape[1] == 6 and batch.targets.dtype == torch.float32
+            numbers = batch.targets[:, 0]
+            assert (numbers.diff() >= 0).all() and (numbers < len(batch)).all()
+            corners = cxcywhn_to_xyxy(batch.targets[:, 2:], 1, 1)
+            assert (corners >= -1e-6).all() and (corners <= 1).all() and (batch.targets[:, 4:] > 0).all()
+            assert batch.letterboxes == [None] * len(batch)
+
+
+def test_images_without_labels_give_empty_targets(own_tiny_dataset: TinyDataset) -> None:
+    for file in (own_tiny_dataset.root / "labels" / "val").iterdir():
+        file.unlink()
+    loader, _ = build(own_tiny_dataset, "val", imgsz=64, batch_size=4, workers=0)
+    batch = next(iter(loader))
+    assert batch.targets.shape == (0, 6) and len(batch) == 4
+
+
+# --- what a sample depends on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", (None, "ram"))
+def test_batches_are_the_same_bits_whatever_the_workers_and_after_resuming(
+    cache: str | None, tiny_dataset: TinyDataset
+) -> None:
+    epochs: dict[int, list[list[Batch]]] = {}
+    for workers in (0, 1, 2):
+        loader, _ = build(tiny_dataset, **TRAIN, workers=workers, cache=cache)
+        assert loader.num_workers <= workers
+        for epoch in (0, 1, 3) if workers else (3, 0, 1):
+            loader.set_epoch(epoch)
+            epochs.setdefault(epoch, []).append(list(loader))
+    for variants in epochs.values():
+        for variant in variants[1:]:
+            assert all(same(a, b) for a, b in zip(variants[0], variant, strict=True))
+    assert not torch.equal(epochs[0][0][0].images, epochs[1][0][0].images)
+    assert [b.indices for b in epochs[0][0]] != [b.indices for b in epochs[1][0]]
+
+
+def test_an_abandoned_epoch_does_not_leak_into_the_next(tiny_dataset: TinyDataset) -> None:
+    loader, _ = build(tiny_dataset, **TRAIN, workers=2)
+    expected = list(loader)
+    next(iter(loader))
+    assert all(same(a, b) for a, b in zip(expected, loader, strict=True))
+
+
+def test_a_sample_is_the_same_in_batches_of_any_size(tiny_dataset: TinyDataset) -> None:
+    def by_index(**changes: Any) -> dict[int, torch.Tensor]:
+        loader, _ = build(tiny_dataset, **{**TRAIN, "workers": 0, **changes})
+        return {index: image for batch in loader for index, image in zip(batch.indices, batch.images)}
+
+    reference = by_index()
+    for changes in (dict(batch_size=5), dict(shuffle=False), dict(rank=1, world_size=2)):
+        assert all(torch.equal(image, reference[index]) for index, image in by_index(**changes).items())
+    assert not all(torch.equal(image, reference[index]) for index, image in by_index(seed=1).items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_the_processes_parts_make_up_the_epoch(
+    count: int, batch_size: int, world_size: int, rect: bool, shuffle: bool, epoch: int
+) -> None:
+    parts = []
+    for rank in range(world_size):
+        order = BatchOrder(
+            count, LoaderOptions(64, batch_size, rect=rect, shuffle=shuffle, rank=rank, world_size=world_size)
+        )
+        order.epoch = epoch
+        batches = list(order)
+        assert len(batches) == len(order) and {e for batch in batches for e, _ in batch} == {epoch}
+        assert all(0 < len(batch) <= batch_size for batch in batches)
+        parts.append([index for batch in batches for _, index in batch])
+    everything = [index for part in parts for index in part]
+    assert set(everything) == set(range(count)), "an image is missing"
+    if not rect:
+        assert len({len(part) for part in parts}) == 1, "processes would wait for each other for ever"
+        assert len(everything) < count + world_size
+        if not shuffle and world_size == 1:
+            assert everything == list(range(count))
+    else:  # every batch comes from one stretch of equal shape
+        assert len(everything) <= count + (world_size - 1) * min(batch_size, count)
+
+
+def test_every_epoch_shuffles_anew_and_the_same_epoch_alike() -> None:
+    order = BatchOrder(50, LoaderOptions(64, 50, shuffle=True))
+    epochs = []
+    for epoch in (0, 1, 0):
+        order.epoch = epoch
+        epochs.append([index for _, index in next(iter(order))])
+    assert epochs[0] == epochs[2] != epochs[1] and epochs[0] != sorted(epochs[0])
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_limited_by_cores_batch_and_what_there_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.dataloaders.num_cpus", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def workers(num_batches: int = 100, **options: Any) -> int:
+        return num_workers(LoaderOptions(imgsz=64, **options), num_batches)
+
+    assert workers(batch_size=32) == 8
+    assert workers(batch_size=32, workers=16) == 8, "half of the cores belong to the other GPU"
+    assert workers(batch_size=4) == 4
+    assert workers(batch_size=32, workers=3) == 3
+    assert workers(3, batch_size=32) == 3
+    assert workers(1, batch_size=32) == workers(batch_size=1) == workers(batch_size=8, workers=0) == 0
+
+
+def test_loading_leaves_the_main_process_its_threads(tiny_dataset: TinyDataset) -> None:
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    loader, _ = build(tiny_dataset, **TRAIN, workers=2)
+    list(loader)
+    assert (cv2.getNumThreads(), torch.get_num_threads()) == before
+
+
+def test_closing_ends_the_workers_at_once_and_iterating_again_starts_new_ones(tiny_dataset: TinyDataset) -> None:
+    before = set(multiprocessing.active_children())
+    loader, _ = build(tiny_dataset, **TRAIN, workers=2)
+    first = list(loader)
+    assert len(set(multiprocessing.active_children()) - before) == loader.num_workers
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before
+    assert all(same(a, b) for a, b in zip(first, loader, strict=True))
+    loader.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_batches_arrive_in_page_locked_memory(tiny_dataset: TinyDataset) -> None:
+    loader, _ = build(tiny_dataset, **TRAIN, workers=2)
+    assert all(batch.images.is_pinned() and batch.targets.is_pinned() for batch in loader)
+
+
+# --- what bad input gets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_an_image_that_broke_after_the_scan_stops_the_run_with_its_name(
+    workers: int, own_tiny_dataset: TinyDataset
+) -> None:
+    before = set(multiprocessing.active_children())
+    loader, _ = build(own_tiny_dataset, "train", imgsz=64, batch_size=2, workers=workers)
+    own_tiny_dataset.train[3].write_bytes(b"\x89PNG not any more")
+    with pytest.raises(ImageError, match=r"train3\.png: not a readable image") as caught:
+        list(loader)
+    assert "Traceback" not in str(caught.value)
+    assert set(multiprocessing.active_children()) <= before, "workers were left running"
+
+
+def test_missing_images_name_the_line_of_the_yaml_and_a_way_out(tmp_path: Path) -> None:
+    yaml = tmp_path / "d.yaml"
+    yaml.write_text("path: nowhere\ntrain: images/a\nval: images/b\nnames: [x]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"d\.yaml:3: the 'val' images are not at .*nowhere.*b.*shapes\.yaml"):
+        prepare(yaml, task="val")
+    with pytest.raises(UserError, match=r"d\.yaml:2: the 'train' images"):
+        prepare(yaml, task="train")
+
+
+def test_a_folder_without_images_is_refused(own_tiny_dataset: TinyDataset) -> None:
+    for file in own_tiny_dataset.val:
+        file.unlink()
+    with pytest.raises(UserError, match=re.escape("tiny.yaml: no usable image in")):
+        build(own_tiny_dataset, "val", imgsz=64, batch_size=2)
+
+
+def test_training_without_any_label_is_refused(own_tiny_dataset: TinyDataset) -> None:
+    for file in (own_tiny_dataset.root / "labels" / "train").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="none of the 8 images"):
+        build(own_tiny_dataset, **TRAIN)
+
+
+def test_copy_paste_on_boxes_without_outlines_says_that_it_does_nothing(
+    tiny_dataset: TinyDataset, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
+    build(tiny_dataset, **{**TRAIN, "hyp": {"copy_paste": 0.1}, "workers": 0})
+    assert "copy_paste is set, but no label is a polygon" in caplog.text
+
+
+def test_polygons_become_boxes_that_follow_the_warp(own_tiny_dataset: TinyDataset) -> None:
+    for file in (own_tiny_dataset.root / "labels" / "train").iterdir():
+        file.write_text("0 0.2 0.2 0.8 0.2 0.8 0.8 0.2 0.8\n1 0.4 0.1 0.6 0.1 0.5 0.3 0.45 0.25\n", encoding="utf-8")
+    loader, dataset = build(own_tiny_dataset, **{**TRAIN, "hyp": {"copy_paste": 1.0, "degrees": 20}, "workers": 0})
+    assert all(len(sample.segments) == 2 for sample in dataset.samples)
+    assert sum(len(batch.targets) for batch in loader) > 8
+
+
+def test_missing_images_are_fetched_and_found_below_the_archives_own_folder(
+    own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched = []
+
+    def fetch(url: str, folder: Path) -> Path:
+        fetched.append((url, folder))
+        return own_tiny_dataset.root
+
+    monkeypatch.setattr("utils.dataloaders.fetch_archive", fetch)
+    yaml = tmp_path / "d.yaml"
+    address = "https://example.com/tiny.zip"
+    yaml.write_text(
+        f"path: {tmp_path}/data/other\ntrain: images/train\nval: images/val\nnames: [a, b]\ndownload: {address}\n",
+        encoding="utf-8",
+    )
+    spec = prepare(yaml, task="train")
+    assert fetched == [(address, tmp_path / "data")]
+    assert spec.split("val") == (own_tiny_dataset.root / "images" / "val",)
