@@ -1,0 +1,449 @@
+"""Find objects in images, videos and streams: `python detect.py --weights yolov5s.pt --source data/images`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from utils.config import ArgumentParser, UserError, options_from
+from utils.runtime import LOGGER, ROOT, Stopwatch, increment_path, relative, run_script, select_device, setup_logging
+
+if TYPE_CHECKING:
+    import cv2
+    import numpy as np
+    import torch
+
+    from models.yolo import DetectionModel
+    from utils.boxes import Letterbox
+    from utils.sources import Frame, Source
+
+Prepared = tuple[list["Frame"], "np.ndarray", list["Letterbox"]]
+
+
+def build_parser() -> ArgumentParser:
+    """The command line; `run` takes the same options with underscores."""
+    parser = ArgumentParser(prog="detect.py", description=__doc__)
+    add = parser.add_argument
+    add("--weights", nargs="+", default=["yolov5s.pt"], help="checkpoint, by path or by name; several form an ensemble")
+    add("--source", default=str(ROOT / "data/images"), help="file, folder, glob, list.txt, URL, webcam number, screen")
+    add(
+        "--data", default=str(ROOT / "data/coco128.yaml"), help="class names for formats without any; a .pt has its own"
+    )
+    add("--imgsz", "--img", "--img-size", nargs="+", type=int, default=[640], help="network input size, one or h w")
+    add("--conf-thres", type=float, default=0.25, help="lowest confidence, 0 to 1")
+    add("--iou-thres", type=float, default=0.45, help="IoU above which the weaker of two boxes goes, 0 to 1")
+    add("--max-det", type=int, default=1000, help="most detections per image")
+    add("--device", default="", help="cpu, mps, or a CUDA number such as 0")
+    add("--view-img", action="store_true", help="show the pictures in a window; q ends a stream")
+    add("--save-txt", action="store_true", help="write labels/*.txt")
+    add("--save-format", type=int, choices=(0, 1), default=0, help="of --save-txt: 0 centre and size, 1 corners")
+    add("--save-csv", action="store_true", help="write predictions.csv")
+    add("--save-conf", action="store_true", help="add the confidence to --save-txt lines")
+    add("--save-crop", action="store_true", help="write every object found as crops/class/*.jpg")
+    add("--nosave", action="store_true", help="write no pictures and videos")
+    add("--classes", nargs="+", type=int, default=None, help="keep these class numbers only")
+    add("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other too")
+    add("--augment", action="store_true", help="look at three scales and a flip: slower, finds a little more")
+    add("--visualize", action="store_true", help="write the feature maps of every layer")
+    add("--update", action="store_true", help="afterwards strip the training state from our own weights file, in place")
+    add("--project", default=str(ROOT / "runs/detect"), help="results go to project/name")
+    add("--name", default="exp", help="results go to project/name")
+    add("--exist-ok", action="store_true", help="write into project/name even if it exists")
+    add("--line-thickness", type=int, default=3, help="of boxes, in pixels")
+    add("--hide-labels", action="store_true", help="draw boxes without labels")
+    add("--hide-conf", action="store_true", help="draw labels without the confidence")
+    add("--half", action="store_true", help="compute in fp16 (CUDA only)")
+    add("--dnn", action="store_true", help="not available: ONNX files through OpenCV")
+    add("--vid-stride", type=int, default=1, help="look at every n-th frame of a video")
+    return parser
+
+
+def run(**options: Any) -> None:
+    """Detect with the options of the command line (underscores for dashes); results go to `project/name`.
+
+    Raises:
+        UserError: an unknown option, a source or weights file that is missing or damaged, a device not here.
+    """
+    _detect(options_from(build_parser(), options))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Detect as the command line says."""
+    _detect(build_parser().parse_args(argv))
+
+
+# ---------------------------------------------------------------------------------------------------------- the options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse early what could only fail later."""
+    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag} {value:g}: expected 0 to 1.")
+    for flag, count in (("--max-det", options.max_det), ("--line-thickness", options.line_thickness)):
+        if count < 1:
+            raise UserError(f"{flag} {count}: expected 1 or more.")
+    for name in _as_list(options.weights):
+        if Path(name).suffix.lower() not in (".pt", ""):
+            raise UserError(f"--weights {name}: only .pt checkpoints can be run. Give the .pt this was exported from.")
+    if options.dnn:
+        raise UserError(
+            "--dnn runs ONNX files through OpenCV, which is not available here. Give the .pt and leave it out."
+        )
+    if options.visualize and (options.augment or len(_as_list(options.weights)) > 1):
+        raise UserError("--visualize shows one pass of one network: leave out --augment and give one --weights.")
+    if options.view_img and not _display_works():
+        raise UserError(
+            "--view-img: no window can be opened here. Leave it out; pictures are saved unless --nosave is given."
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _display_works() -> bool:
+    """Whether OpenCV was built with windows and there is a screen (asked without opening one: Qt would abort)."""
+    import cv2
+
+    gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
+    if gui is not None and gui[1] == "NONE":
+        return False
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _size_hw(imgsz: Any, stride: int) -> tuple[int, int]:
+    """Height and width of the network's input, raised to multiples of its stride (with a warning)."""
+    sizes = _as_list(imgsz)
+    if len(sizes) not in (1, 2) or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise UserError(f"--imgsz {' '.join(map(str, sizes))}: expected one size or height and width, in pixels.")
+    height, width = (max(-(-size // stride), 1) * stride for size in (sizes * 2)[:2])
+    if [height, width] != (sizes * 2)[:2]:
+        wanted = " ".join(map(str, sizes))
+        LOGGER.warning(f"--imgsz {wanted} is no multiple of the network's stride {stride}: using {height} {width}.")
+    return height, width
+
+
+# ---------------------------------------------------------------------------------------------------------- the network
+
+
+def _load(options: argparse.Namespace, device: torch.device) -> tuple[list[DetectionModel], list[Path]]:
+    """The fused networks, ready on the device, and the files they came from."""
+    import torch
+
+    from models.checkpoint import load_model, read
+    from utils.downloads import find_weights
+
+    networks, paths = [], []
+    for name in map(str, _as_list(options.weights)):
+        path = find_weights(name)
+        checkpoint = read(path, training=False)
+        if checkpoint.task not in ("detect", "segment"):
+            raise UserError(f"{path}: this network does {checkpoint.task}, not detection. Give detection weights.")
+        if options.update and not checkpoint.ours:
+            raise UserError(f"{path}: --update rewrites only files that train.py here wrote, not foreign ones.")
+        networks.append(load_model(checkpoint, device).to(memory_format=torch.channels_last))
+        paths.append(path)
+        if networks[0].names != networks[-1].names:
+            raise UserError(f"{path}: its classes differ from those of {paths[0]}; an ensemble needs the same classes.")
+    if options.half and device.type != "cuda":
+        LOGGER.warning("--half needs a CUDA device: computing in fp32.")
+    elif options.half:
+        networks = [network.half() for network in networks]
+    wrong = [index for index in options.classes or () if index not in networks[0].names]
+    if wrong:
+        raise UserError(f"--classes {wrong[0]}: {paths[0]} has classes 0 to {len(networks[0].names) - 1}.")
+    return networks, paths
+
+
+def _prepare(source: Source, size_hw: tuple[int, int], stride: int) -> Generator[Prepared, None, None]:
+    """Rounds of frames with the network's input uint8 RGB (B, h, w, 3): rectangular where all frames have one shape."""
+    import numpy as np
+
+    from utils.augmentations import letterbox
+
+    with closing(source.rounds()) as rounds:
+        for frames in rounds:
+            auto = len({frame.image.shape for frame in frames}) == 1
+            fitted = [letterbox(frame.image, size_hw, auto=auto, stride=stride) for frame in frames]
+            images = np.stack([image[..., ::-1] for image, _ in fitted])  # channels last, as the network likes it
+            yield frames, images, [box for _, box in fitted]
+
+
+class _Predictor:
+    """From a batch of images to boxes in pixels of the originals, with the time each step took."""
+
+    def __init__(self, networks: list[DetectionModel], options: argparse.Namespace, device: torch.device) -> None:
+        self.networks, self.options, self.device = networks, options, device
+        self.dtype = next(networks[0].parameters()).dtype
+        self.pre, self.inference, self.nms = Stopwatch(device), Stopwatch(device), Stopwatch(device)
+        self.seen = 0
+
+    def warm_up(self, size_hw: tuple[int, int]) -> None:
+        """Let CUDA load its kernels before the clock runs."""
+        import torch
+
+        if self.device.type == "cuda":
+            for network in self.networks:
+                network(torch.zeros(1, 3, *size_hw, device=self.device, dtype=self.dtype))
+
+    def __call__(self, images: np.ndarray, letterboxes: Sequence[Letterbox], visualize: Any = None) -> list[np.ndarray]:
+        """Per image of (B, h, w, 3) (k, 6) rows [x1, y1, x2, y2, conf, class], best first, in whole pixels."""
+        import torch
+
+        from utils.boxes import undo_letterbox
+        from utils.engine import to_float
+        from utils.nms import non_max_suppression
+
+        options = self.options
+        with self.pre:
+            batch = to_float(torch.from_numpy(images).permute(0, 3, 1, 2), self.device, self.dtype)
+        with self.inference:
+            outputs = [net(batch, augment=options.augment, visualize=visualize)[0] for net in self.networks]
+            prediction = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        with self.nms:
+            rows = non_max_suppression(
+                prediction,
+                options.conf_thres,
+                options.iou_thres,
+                classes=options.classes,
+                agnostic=options.agnostic_nms,
+                max_det=options.max_det,
+                num_masks=getattr(self.networks[0].head, "nm", 0),
+            )
+        self.seen += len(rows)
+        found = []
+        for detections, box in zip(rows, letterboxes):
+            detections = undo_letterbox(detections[:, :6], box)
+            detections[:, :4] = detections[:, :4].round()
+            found.append(detections.cpu().numpy())  # the only transfer
+        return found
+
+    def speed(self) -> str:
+        """Milliseconds per image of the three steps."""
+        pre, inference, nms = (
+            watch.seconds * 1e3 / max(self.seen, 1) for watch in (self.pre, self.inference, self.nms)
+        )
+        return f"Speed: {pre:.1f}ms pre-process, {inference:.1f}ms inference, {nms:.1f}ms NMS per image"
+
+
+# ---------------------------------------------------------------------------------------------------------- the results
+
+
+class _Results:
+    """Writes what was found: pictures, videos, label files, crops and the CSV. Every file is opened once per frame."""
+
+    WRITABLE = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+
+    def __init__(self, options: argparse.Namespace, save_dir: Path, names: dict[int, str]) -> None:
+        from utils.drawing import drawable_names
+
+        self.options, self.save_dir, self.names = options, save_dir, names
+        self.pictures = not options.nosave
+        self.show = options.view_img
+        self.shown_names = drawable_names(names) if self.pictures or self.show else names
+        self.num_label_files = 0
+        self._owner: dict[tuple[str, str], str] = {}  # (kind, file name) -> the source that has it
+        self._crops: Counter[tuple[str, str]] = Counter()
+        self._videos: dict[str, tuple[cv2.VideoWriter, tuple[int, int]]] = {}
+        self._csv: TextIO | None = None
+        if options.save_csv:
+            self._csv = (save_dir / "predictions.csv").open("w", newline="", encoding="utf-8")
+            self._rows = csv.writer(self._csv)
+            self._rows.writerow(("Image Name", "Prediction", "Confidence"))
+
+    def close(self) -> None:
+        for writer, _ in self._videos.values():
+            writer.release()
+        if self._csv is not None:
+            self._csv.close()
+
+    def unique(self, kind: str, owner: str, stem: str, suffix: str = "", number: int = 1) -> str:
+        """A file name for `owner`: a.jpg, or a2.jpg, a3.jpg where another of this run has it (b/a.jpg, say)."""
+        while True:
+            name = f"{stem}{number if number > 1 else ''}{suffix}"
+            if self._owner.setdefault((kind, name), owner) == owner:
+                return name
+            number += 1
+
+    def stem(self, frame: Frame) -> str:
+        """What the names of this frame's label file, crops and feature maps start with."""
+        file_name = Path(frame.path).stem if frame.mode in ("image", "video") else frame.path
+        return self.unique("stem", frame.path, file_name)
+
+    def add(self, frame: Frame, detections: np.ndarray) -> bool:
+        """Write one frame's (k, 6) detections [x1, y1, x2, y2, conf, class]; False when the user pressed q."""
+        weakest_first = detections[::-1]  # so that the best boxes are drawn on top
+        stem = self.stem(frame)
+        if self.options.save_txt and len(detections):
+            self._write_labels(frame, stem, weakest_first)
+        if self._csv is not None:
+            name = Path(frame.path).name
+            self._rows.writerows((name, self.names[int(row[5])], f"{row[4]:.2f}") for row in weakest_first)
+        if self.options.save_crop:
+            self._write_crops(frame, stem, weakest_first)
+        if not self.pictures and not self.show:
+            return True
+        image = self._draw(frame.image, weakest_first)
+        if self.pictures:
+            self._write_picture(frame, image)
+        return not self.show or self._show(frame, image)
+
+    def _write_labels(self, frame: Frame, stem: str, detections: np.ndarray) -> None:
+        from utils.boxes import xyxy_to_cxcywhn
+
+        height, width = frame.image.shape[:2]
+        if self.options.save_format == 0:
+            coordinates = xyxy_to_cxcywhn(detections[:, :4], width, height)
+        else:
+            coordinates = detections[:, :4] / (width, height, width, height)
+        lines = []
+        for row, values in zip(detections, coordinates):
+            numbers = (*values, row[4]) if self.options.save_conf else values
+            lines.append(" ".join((f"{int(row[5])}", *(f"{value:g}" for value in numbers))) + "\n")
+        numbered = stem if frame.mode == "image" else f"{stem}_{frame.frame_index}"
+        name = self.unique("labels", f"{frame.path} {frame.frame_index}", numbered, ".txt")
+        (self.save_dir / "labels" / name).write_text("".join(lines), encoding="utf-8")
+        self.num_label_files += 1
+
+    def _write_crops(self, frame: Frame, stem: str, detections: np.ndarray) -> None:
+        from utils.drawing import save_crop
+
+        for row in detections:
+            folder = re.sub(r'[<>:"/\\|?*]', "_", self.names[int(row[5])]).strip(". ") or str(int(row[5]))
+            self._crops[folder, stem] += 1
+            number = self._crops[folder, stem]
+            name = self.unique(f"crops/{folder}", f"{frame.path} {number}", stem, ".jpg", number)
+            save_crop(row[:4], frame.image, self.save_dir / "crops" / folder / name)
+
+    def _draw(self, image: np.ndarray, detections: np.ndarray) -> np.ndarray:
+        from utils.drawing import Annotator, color
+
+        annotator = Annotator(image, line_width=self.options.line_thickness)
+        for row in detections:
+            name = self.shown_names[int(row[5])]
+            label = "" if self.options.hide_labels else name if self.options.hide_conf else f"{name} {row[4]:.2f}"
+            annotator.box(row[:4], label, color(int(row[5])))
+        return annotator.image
+
+    def _write_picture(self, frame: Frame, image: np.ndarray) -> None:
+        from utils.drawing import write_image
+
+        if frame.mode != "image":
+            self._write_video(frame, image)
+            return
+        path = Path(frame.path)
+        suffix = path.suffix if path.suffix.lower() in self.WRITABLE else ".jpg"
+        write_image(self.save_dir / self.unique("picture", frame.path, path.stem, suffix), image)
+
+    def _write_video(self, frame: Frame, image: np.ndarray) -> None:
+        import cv2
+
+        size_wh = image.shape[1], image.shape[0]
+        if frame.path not in self._videos:
+            stem = Path(frame.path).stem if frame.mode == "video" else frame.path
+            file = self.save_dir / self.unique("picture", frame.path, stem, ".mp4")
+            writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size_wh)
+            if not writer.isOpened():
+                raise UserError(f"{file}: OpenCV cannot write mp4v video here. Use --nosave, with --save-txt say.")
+            self._videos[frame.path] = writer, size_wh
+        writer, opened_wh = self._videos[frame.path]
+        # a writer silently drops frames of any other size
+        writer.write(image if size_wh == opened_wh else cv2.resize(image, opened_wh))
+
+    def _show(self, frame: Frame, image: np.ndarray) -> bool:
+        import cv2
+
+        cv2.namedWindow(frame.path, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+        cv2.imshow(frame.path, image)
+        return cv2.waitKey(1) != ord("q")
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def _detect(options: argparse.Namespace) -> None:
+    setup_logging()
+    _check(options)
+    from utils.sources import open_source, prefetch
+
+    source = open_source(options.source, options.vid_stride)  # a mistyped path is answered before torch is loaded
+    import torch
+
+    options.view_img = options.view_img or (source.live and _display_works())
+    device = select_device(options.device)
+    networks, paths = _load(options, device)
+    stride = max(int(network.stride.max()) for network in networks)
+    size_hw = _size_hw(options.imgsz, stride)
+    save_dir = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok)
+    (save_dir / "labels" if options.save_txt else save_dir).mkdir(parents=True, exist_ok=True)
+
+    predictor = _Predictor(networks, options, device)
+    prepared = _prepare(source, size_hw, stride)
+    if not source.live:
+        prepared = prefetch(prepared)  # reading and resizing overlap the network
+    shape = (1, 3, *size_hw)
+    with torch.inference_mode(), closing(_Results(options, save_dir, networks[0].names)) as results, closing(prepared):
+        predictor.warm_up(size_hw)
+        for frames, images, letterboxes in prepared:
+            shape = (len(images), 3, *images.shape[1:3])
+            if not _one_round(predictor, results, frames, images, letterboxes):
+                break
+    LOGGER.info(f"{predictor.speed()} at shape {shape}")
+    if source.skipped:
+        LOGGER.warning(f"{len(source.skipped)} of {source.count} files could not be read, or not to the end:")
+        for message in source.skipped:
+            LOGGER.warning(f"  {message}")
+    if options.save_txt:
+        folder = relative(save_dir / "labels")
+        LOGGER.info(f"{results.num_label_files} label{'s' * (results.num_label_files != 1)} saved to {folder}")
+    if options.save_txt or options.save_csv or options.save_crop or options.visualize or not options.nosave:
+        LOGGER.info(f"Results saved to {relative(save_dir)}")
+    if options.update:
+        from models.checkpoint import strip
+
+        for path in paths:
+            strip(path)
+
+
+def _one_round(
+    predictor: _Predictor,
+    results: _Results,
+    frames: Sequence[Frame],
+    images: np.ndarray,
+    letterboxes: Sequence[Letterbox],
+) -> bool:
+    """Predict, write and log one round of frames; False when the user pressed q."""
+    before = predictor.inference.seconds
+    found = predictor(images, letterboxes, _visualizer(predictor.options, results, frames[0]))
+    milliseconds = (predictor.inference.seconds - before) * 1e3
+    go_on = True
+    for frame, detections in zip(frames, found):
+        go_on = results.add(frame, detections) and go_on
+        counts = sorted(Counter(detections[:, 5].astype(int).tolist()).items())
+        said = "".join(f"{n} {results.names[index]}{'s' * (n > 1)}, " for index, n in counts) or "(no detections), "
+        LOGGER.info(f"{frame.prefix}{images.shape[1]}x{images.shape[2]} {said}{milliseconds:.1f}ms")
+    return go_on
+
+
+def _visualizer(options: argparse.Namespace, results: _Results, frame: Frame) -> Any:
+    """What writes a frame's feature maps into a folder of the frame's own; None without --visualize."""
+    if not options.visualize:
+        return None
+    from utils.drawing import feature_maps
+
+    folder = results.stem(frame) if frame.mode == "image" else f"{results.stem(frame)}_{frame.frame_index}"
+    return partial(feature_maps, save_dir=results.save_dir / folder)
+
+
+if __name__ == "__main__":
+    run_script(main)
