@@ -1,0 +1,446 @@
+"""Train a detection network: from a checkpoint, from nothing, or from where an interrupted run stopped.
+
+    python train.py --cfg yolov5s-se-last.yaml --weights yolov5s.pt --data coco128.yaml --img 640 --epochs 100
+    python train.py --resume
+    torchrun --nproc_per_node 2 train.py --device 0,1 --batch 32 ...
+
+From Python: `train.run(data="coco128.yaml", epochs=3)`; the keywords are the flags with underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.config import (
+    ArgumentParser,
+    UserError,
+    check_hyp,
+    options_from,
+    read_hyp,
+)
+from utils.runtime import (
+    LOGGER,
+    ROOT,
+    increment_path,
+    init_seeds,
+    rank,
+    rank_zero_first,
+    relative,
+    run_script,
+    select_device,
+    setup_logging,
+    world_size,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from models.checkpoint import Checkpoint
+    from utils.dataloaders import Batch
+    from utils.engine import EvalResult, OnTrainBatch, Trainer
+    from utils.optim import EarlyStopping
+    from utils.recorder import Recorder
+
+PLOTTED_BATCHES = 3
+# Accepted, so that an old command line is understood, and answered with what to use instead: (flag, argparse, answer).
+NOT_OFFERED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("--image-weights", {"action": "store_true"}, "Repeat the rare images in a .txt list given as `train:` instead."),
+    ("--quad", {"action": "store_true"}, "Use --multi-scale, or a larger --imgsz."),
+    ("--evolve", {"nargs": "?", "type": int, "const": 300}, "Change one key of a copy of the --hyp file per run."),
+    ("--evolve_population", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
+    ("--resume_evolve", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
+    ("--bucket", {"default": ""}, "Copy the run folder with your cloud's own tool."),
+    ("--entity", {}, "It is for a remote logger: use results.csv or TensorBoard."),
+    ("--upload_dataset", {"nargs": "?", "const": True, "default": False}, "Use results.csv or TensorBoard."),
+    ("--bbox_interval", {"type": int, "default": -1}, "Look at the pictures in the run folder."),
+    ("--artifact_alias", {"default": "latest"}, "Give --weights a path."),
+)
+
+
+def build_parser() -> ArgumentParser:
+    """YOLOv5's flags of train.py, and `--transfer`."""
+    parser = ArgumentParser(prog="train.py", description="Train a detection network.")
+    add = parser.add_argument
+    add("--weights", default="yolov5s.pt", help="start checkpoint; '' trains from nothing and needs --cfg")
+    add("--cfg", default="", help="network YAML; without it the one stored in the checkpoint is used")
+    add("--data", default=str(ROOT / "data/coco128.yaml"), help="dataset YAML")
+    add("--hyp", default=str(ROOT / "data/hyps/hyp.scratch-low.yaml"), help="hyper-parameter YAML")
+    add("--epochs", type=int, default=100, help="total epochs")
+    add("--batch-size", type=int, default=16, help="images per batch over all devices; -1 fills the GPU")
+    add("--imgsz", "--img", "--img-size", type=int, default=640, help="train and val image size in pixels")
+    add("--transfer", default="aligned", choices=("aligned", "index", "none"), help="how --weights are copied")
+    add("--rect", action="store_true", help="rectangular batches, sorted by aspect ratio")
+    add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or the given last.pt")
+    add("--nosave", action="store_true", help="write a checkpoint after the last epoch only")
+    add("--noval", action="store_true", help="validate after the last epoch only")
+    add("--noautoanchor", action="store_true", help="do not check the anchors")
+    add("--noplots", action="store_true", help="no pictures")
+    add("--cache", nargs="?", const="ram", default=None, help="keep images in ram or on disk; val: those of val only")
+    add("--device", default="", help="cpu, mps, a CUDA number, or several under torchrun")
+    add("--multi-scale", action="store_true", help="another size for every batch, up to 50%% smaller or larger")
+    add("--single-cls", action="store_true", help="train as if all classes were one")
+    add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
+    add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
+    add("--workers", type=int, default=8, help="most loader processes per device")
+    add("--project", default=str(ROOT / "runs/train"), help="folder of the runs")
+    add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
+    add("--exist-ok", action="store_true", help="write into an existing run folder")
+    add("--cos-lr", action="store_true", help="cosine learning rate instead of linear")
+    add("--label-smoothing", type=float, default=0.0, help="label smoothing epsilon")
+    add("--patience", type=int, default=100, help="stop after this many epochs without improvement; 0: never")
+    add("--freeze", nargs="+", type=int, default=[0], help="N: layers 0 to N-1; several numbers: exactly these")
+    add("--save-period", type=int, default=-1, help="also keep every n-th epoch's checkpoint")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="set by old launchers; not needed")
+    group = parser.add_argument_group("understood, but not offered (the answer says what to use instead)")
+    for flag, settings, _ in NOT_OFFERED:
+        group.add_argument(flag, **settings)
+    return parser
+
+
+def run(**options: Any) -> argparse.Namespace:
+    """Train; keywords are the flags with underscores (`hyp` may also be a mapping).
+
+    Returns:
+        The options, with `save_dir` (Path), `best` (Path of the best checkpoint) and `results` (precision, recall,
+        mAP50, mAP50-95, box, obj and cls loss of the best checkpoint on the validation split).
+
+    Raises:
+        UserError: an unknown keyword, or anything wrong with the files named.
+    """
+    setup_logging()
+    return _run(options_from(build_parser(), options))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; a user's mistake raises UserError."""
+    _run(build_parser().parse_args(argv))
+
+
+def _run(options: argparse.Namespace) -> argparse.Namespace:
+    _check(options)
+    from utils.training import process_group  # only now: mistakes above are answered at once
+
+    resumed = None
+    if options.resume:
+        options, resumed = _resumed(options)
+    device = select_device(options.device, options.batch_size)
+    with process_group(device, options.batch_size):
+        return Training(options, device, resumed).run()
+
+
+def _check(options: argparse.Namespace) -> None:
+    defaults = build_parser().parse_args([])
+    for flag, _, answer in NOT_OFFERED:
+        name = flag.lstrip("-").replace("-", "_")
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"{flag} is not offered. {answer}")
+    if options.epochs < 1:
+        raise UserError(f"--epochs {options.epochs}: expected 1 or more.")
+    if options.batch_size < 1 and options.batch_size != -1:
+        raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
+    if options.cache not in (None, "ram", "disk", "val"):
+        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def _resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Checkpoint]:
+    """The options of an interrupted run and its last checkpoint; only --device and --workers may differ."""
+    from models.checkpoint import read
+    from utils.recorder import newest_checkpoint
+
+    file = newest_checkpoint([Path("runs"), ROOT / "runs"]) if options.resume is True else Path(options.resume)
+    if not file.is_file():
+        raise UserError(f"--resume {file}: no such file. Give the path of a run's weights/last.pt.")
+    checkpoint = read(file)
+    if not checkpoint.ours:
+        raise UserError(f"{file}: not written by this program, so not resumable. Start from it with --weights {file}.")
+    if checkpoint.training is None:
+        raise UserError(f"{file}: a finished run (stripped). Train further with --weights {file} --epochs ...")
+    defaults = build_parser().parse_args([])
+    stored = {key: value for key, value in checkpoint.opt.items() if hasattr(defaults, key)}
+    merged = argparse.Namespace(**{**vars(defaults), **stored})
+    for name in ("device", "workers"):
+        if getattr(options, name) != getattr(defaults, name):
+            setattr(merged, name, getattr(options, name))
+    merged.resume, merged.hyp = str(file), checkpoint.hyp
+    LOGGER.info(f"Resuming {relative(file)} after epoch {checkpoint.epoch}")
+    return merged, checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class Training:
+    """One run: its parts, made in the order they depend on each other, and the loop over epochs."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, resumed: Checkpoint | None) -> None:
+        from utils.augmentations import TRANSFORMS
+        from utils.autoanchor import AnchorHyp
+        from utils.dataloaders import prepare
+        from utils.loss import LossHyp
+        from utils.optim import EarlyStopping, OptimHyp
+        from utils.training import build_loaders, build_trainer, fit_anchors_, freeze_, is_main, restore_
+
+        self.options, self.device, self.resumed, self.main = options, device, resumed, is_main()
+        self.hyp = check_hyp(read_hyp(options.hyp), (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS))
+        if options.label_smoothing:
+            self.hyp["label_smoothing"] = options.label_smoothing
+        init_seeds(options.seed + 1 + rank())
+        with rank_zero_first():
+            spec = prepare(options.data, task="train")
+        self.names = {0: "item"} if options.single_cls and spec.num_classes != 1 else dict(spec.names)
+        self.model = self._build_model()
+        frozen = freeze_(self.model.model, options.freeze)
+        stride = max(int(self.model.stride.max()), 32)
+        self._fix_sizes(stride)
+        self.save_dir = self._make_save_dir()
+        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
+        if not options.noautoanchor and resumed is None:
+            fit_anchors_(self.model.head, self.dataset, options, self.hyp)
+        self.trainer: Trainer = build_trainer(self.model, self.loader, options, self.hyp, frozen)
+        self.stopping: EarlyStopping = EarlyStopping(options.patience)
+        self.start_epoch = 0
+        if resumed is not None:
+            restore_(self.trainer, self.stopping, resumed.training)
+            self.start_epoch = resumed.epoch + 1
+
+    def _build_model(self) -> nn.Module:
+        """The network with the wanted weights, on the device."""
+        import torch
+
+        from models.checkpoint import network_yaml, read
+        from models.transfer import transfer
+        from models.yolo import build_model
+        from utils.downloads import find_weights
+
+        options, nc = self.options, len(self.names)
+        settings: dict[str, Any] = {"nc": nc, "anchors": self.hyp.get("anchors") or None, "verbose": self.main}
+        if self.resumed is not None:
+            model = build_model(self.resumed.yaml, nc=nc)
+            model.load_state_dict(self.resumed.training["model"])
+        elif not options.weights:
+            if not options.cfg:
+                raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
+            model = build_model(options.cfg, **settings)
+            LOGGER.info(f"Training {options.cfg} from nothing (--weights '').")
+        else:
+            with rank_zero_first():
+                weights = find_weights(options.weights)
+            checkpoint = read(weights, training=False)
+            if not options.cfg:
+                LOGGER.info(f"No --cfg: training the network stored in {relative(weights)}; no YAML file is read.")
+            model = build_model(options.cfg or network_yaml(checkpoint), **settings)
+            if options.transfer != "none":
+                report = transfer(model, checkpoint, names=self.names, mode=options.transfer)
+                for warning in report.warnings:
+                    LOGGER.warning(warning)
+                LOGGER.info(report.summary())
+        if hasattr(model.head, "nm"):
+            raise UserError("this network predicts masks, and train.py trains boxes only. Give --cfg a detection YAML.")
+        model.names = self.names
+        if options.sync_bn and world_size() > 1 and self.device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def _fix_sizes(self, stride: int) -> None:
+        from utils.engine import round_up
+        from utils.training import fit_batch_size
+
+        options = self.options
+        options.imgsz = round_up(options.imgsz, stride, floor=2 * stride)
+        if options.batch_size == -1:
+            cuda = self.device.type == "cuda"
+            options.batch_size = fit_batch_size(self.model, options.imgsz, self.device) if cuda else 16
+            why = "fits the GPU's memory" if cuda else "only CUDA memory is measured"
+            LOGGER.info(f"--batch-size -1: using {options.batch_size} ({why})")
+
+    def _make_save_dir(self) -> Path:
+        """The run folder with `weights/`, `hyp.yaml` and `opt.yaml`."""
+        from utils.recorder import write_yaml
+
+        options = self.options
+        if self.resumed is not None:
+            return self.resumed.path.resolve().parent.parent
+        if options.name == "cfg":
+            options.name = Path(options.cfg).stem or "exp"
+        save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+        options.save_dir = str(save_dir)
+        if self.main:
+            (save_dir / "weights").mkdir(parents=True, exist_ok=True)
+            write_yaml(save_dir / "hyp.yaml", self.hyp)
+            write_yaml(save_dir / "opt.yaml", self._plain_options())
+        return save_dir
+
+    def _plain_options(self) -> dict[str, Any]:
+        return {**vars(self.options), "device": str(self.options.device), "hyp": dict(self.hyp)}
+
+    def run(self) -> argparse.Namespace:
+        """All remaining epochs and the final validation; the options with `save_dir`, `best` and `results`."""
+        from utils.engine import TRAIN_HEADER, NonFiniteLoss, train_one_epoch
+
+        options = self.options
+        self._announce()
+        # a run that was killed after its early stop has nothing left to train
+        for epoch in range(self.start_epoch, options.epochs if not self.stopping.stop else 0):
+            self.loader.set_epoch(epoch)
+            LOGGER.info(f"\n{TRAIN_HEADER}")
+            try:
+                losses = train_one_epoch(self.trainer, self.loader, epoch, on_batch=self._plot_batch(epoch))
+            except NonFiniteLoss as error:
+                last = self.save_dir / "weights/last.pt"
+                kept = f" The last good checkpoint is {relative(last)}." if last.exists() else ""
+                raise UserError(f"epoch {epoch}: {error}{kept}") from None
+            if self._finish_epoch(epoch, losses):
+                break
+        options.save_dir = self.save_dir
+        if self.main:
+            self._finish()
+        return options
+
+    def _announce(self) -> None:
+        from utils.recorder import Recorder
+
+        options, loader = self.options, self.loader
+        if not self.main:
+            return
+        self.recorder: Recorder = Recorder(self.save_dir, start_epoch=self.start_epoch)
+        if not options.noplots and self.resumed is None:
+            import numpy as np
+
+            from utils import plots
+
+            plots.plot_labels(np.concatenate(self.dataset.labels_list), self.names, self.save_dir)
+        lower = f", autocast to {str(self.trainer.dtype).removeprefix('torch.')}" if self.trainer.dtype else ""
+        LOGGER.info(
+            f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
+            f"Using {loader.num_workers} loader processes{lower}\n"
+            f"Logging results to {relative(self.save_dir)}\n"
+            f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
+        )
+
+    def _plot_batch(self, epoch: int) -> OnTrainBatch | None:
+        """What draws the first batches of the run."""
+        first = epoch * len(self.loader)
+        if self.options.noplots or not self.main or first >= PLOTTED_BATCHES:
+            return None
+
+        def draw(index: int, batch: Batch) -> None:
+            if first + index < PLOTTED_BATCHES:
+                from utils import plots
+                from utils.engine import labels_to_draw
+
+                file = self.save_dir / f"train_batch{first + index}.jpg"
+                plots.plot_batch(batch.images, labels_to_draw(batch), batch.paths, self.names, file)
+
+        return draw
+
+    def _finish_epoch(self, epoch: int, losses: Iterable[float]) -> bool:
+        """Validate, record and save one epoch; whether training ends with it."""
+        from utils.training import agreed
+
+        options, stop = self.options, False
+        if self.main:
+            last = epoch == options.epochs - 1
+            summary, improved = (0.0,) * 7, False
+            if last or not options.noval:
+                model = copy.deepcopy(self.trainer.ema.ema).fuse()
+                result = self._judge(model, pictures=False, per_class=False)
+                summary, improved = result.summary, self.stopping.update(epoch, result.fitness)
+                stop = self.stopping.stop
+            rates = [group["lr"] for group in self.trainer.optimizer.param_groups]
+            self.recorder.log(epoch, [*losses, *summary, *rates])
+            if last or stop or not options.nosave:
+                self._save(epoch, improved=improved)
+            if stop:
+                LOGGER.info(
+                    f"Stopped: no improvement for {options.patience} epochs; the best is epoch "
+                    f"{self.stopping.best_epoch}. --patience 0 trains to the end."
+                )
+        return agreed(stop, self.device)
+
+    def _judge(self, model: nn.Module, *, pictures: bool, per_class: bool) -> EvalResult:
+        """Judge a fused model on the validation split, and print the table."""
+        from utils.engine import TABLE_HEADER, EvalOptions, evaluate, table_rows
+
+        half = self.device.type == "cuda"
+        result = evaluate(
+            model.half() if half else model,
+            self.val_loader,
+            EvalOptions(len(self.names), half=half, single_cls=self.options.single_cls, confusion=pictures),
+            compute_loss=self.trainer.compute_loss,
+            on_batch=self._draw_validation if pictures else None,
+        )
+        LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, self.names, per_class=per_class)]))
+        return result
+
+    def _save(self, epoch: int, *, improved: bool) -> None:
+        """Write best.pt, then last.pt: a run killed in between repeats the epoch and writes the same best again."""
+        from models.checkpoint import save
+        from utils.training import training_state
+
+        content = {
+            "epoch": epoch,
+            "best_fitness": self.stopping.best_fitness,
+            "yaml": self.model.yaml,
+            "names": self.names,
+            "stride": self.model.stride.tolist(),
+            "opt": self._plain_options(),
+            "hyp": dict(self.hyp),
+            **training_state(self.trainer, self.model, self.stopping),
+        }
+        period = self.options.save_period
+        wanted = {"best.pt": improved, f"epoch{epoch}.pt": period > 0 and epoch % period == 0, "last.pt": True}
+        for name, write in wanted.items():
+            if write:
+                save(self.save_dir / "weights" / name, content)
+
+    def _finish(self) -> None:
+        """Strip the checkpoints, judge the best one, draw."""
+        import torch
+
+        from models.checkpoint import load_model, strip
+
+        options, weights, pictures = self.options, self.save_dir / "weights", not self.options.noplots
+        for file in (weights / "best.pt", weights / "last.pt"):  # last.pt last: until then --resume still works
+            if file.exists():
+                strip(file)
+                LOGGER.info(f"Optimizer stripped from {relative(file)}, {file.stat().st_size / 1e6:.1f}MB")
+        options.best = weights / "best.pt" if (weights / "best.pt").exists() else weights / "last.pt"
+        LOGGER.info(f"\nValidating {relative(options.best)}...")
+        model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
+        result = self._judge(model, pictures=pictures, per_class=len(self.names) > 1)
+        options.results = result.summary
+        if pictures:
+            self._draw_results(result)
+        self.recorder.close()
+        LOGGER.info(f"Results saved to {relative(self.save_dir)}")
+
+    def _draw_validation(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
+        from utils import plots
+        from utils.engine import detections_to_draw, labels_to_draw
+
+        if index < PLOTTED_BATCHES:
+            for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
+                file = self.save_dir / f"val_batch{index}_{kind}.jpg"
+                plots.plot_batch(batch.images, boxes, batch.paths, self.names, file)
+
+    def _draw_results(self, result: EvalResult) -> None:
+        from utils import plots
+
+        plots.plot_curves(result.ap, self.names, self.save_dir)
+        plots.plot_confusion(result.confusion.matrix, self.names, self.save_dir / "confusion_matrix.png")
+        plots.plot_results(self.save_dir / "results.csv")
+        names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
+        self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], self.options.epochs - 1)
+
+
+if __name__ == "__main__":
+    run_script(main)

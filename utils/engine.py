@@ -1,0 +1,432 @@
+"""The two loops: `evaluate` judges a network on a loader, `train_one_epoch` takes it through one epoch.
+
+Both take any module that answers like a detection network, and never wait for an accelerator more often than needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.augmentations import multi_scale_size
+from utils.boxes import cxcywhn_to_xyxy, undo_letterbox
+from utils.config import UserError
+from utils.dataloaders import Batch
+from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix, match
+from utils.nms import non_max_suppression
+from utils.optim import ModelEMA, Schedule
+from utils.runtime import LOGGER, Stopwatch
+
+# Images per forward pass on a CPU, whatever the batch: activations stay near the caches and memory stays low.
+CPU_CHUNK = 4
+BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
+TABLE_COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+TABLE_HEADER = ("%22s" + "%11s" * 6) % TABLE_COLUMNS
+
+
+def to_float(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images `(B, 3, h, w)` as numbers in 0..1 on `device`, channels last; they travel as bytes."""
+    moved = images.to(device, non_blocking=True)
+    return moved.to(dtype, memory_format=torch.channels_last).div_(255)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How detections are made and judged; the defaults are YOLOv5's protocol for mAP."""
+
+    num_classes: int
+    conf_thres: float = 0.001
+    iou_thres: float = 0.6
+    max_det: int = 300
+    augment: bool = False
+    half: bool = False
+    single_cls: bool = False
+    hybrid: bool = False  # labels join the detections before NMS, for labelling with help
+    confusion: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` found: precision and recall, losses (box, obj, cls; zeros without a loss) and ms per image."""
+
+    ap: APResult
+    losses: tuple[float, float, float]
+    times_ms: tuple[float, float, float]  # pre-process, inference, NMS
+    seen: int
+    confusion: ConfusionMatrix | None
+    maps: np.ndarray  # (num_classes,) mAP50-95 per class; a class without labels gets the mean
+
+    @property
+    def summary(self) -> tuple[float, float, float, float, float, float, float]:
+        """Precision, recall, mAP50, mAP50-95, then the three losses: the order of results.csv."""
+        ap = self.ap
+        return (float(ap.mean_precision), float(ap.mean_recall), float(ap.map50), float(ap.map), *self.losses)
+
+    @property
+    def fitness(self) -> float:
+        """The number by which checkpoints are compared."""
+        return self.ap.fitness
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image's detections `(k, 6)` [xyxy, conf, class] and labels `(n, 5)` [class, xyxy], in pixels of the file."""
+
+    path: str
+    shape_hw: tuple[int, int]
+    detections: Tensor
+    truth: Tensor
+
+
+OnBatch = Callable[[int, Batch, list[Tensor]], None]  # batch number, batch, detections in its letterboxed pixels
+OnImage = Callable[[ImageResult], None]
+
+
+class Ensemble(nn.Module):
+    """Several networks as one: their candidate boxes are put together before NMS. All must know the same classes."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: Tensor, augment: bool = False) -> tuple[Tensor, None]:
+        """Images `(B, 3, h, w)` -> (candidates `(B, N1 + N2 + ..., 5 + classes)`, None)."""
+        return torch.cat([_forward(model, images, augment)[0] for model in self.models], 1), None
+
+
+def _forward(model: nn.Module, images: Tensor, augment: bool) -> tuple[Tensor, Any]:
+    output = model(images, augment=True) if augment else model(images)
+    return output[0], output[1] if len(output) > 1 else None
+
+
+class _Detector:
+    """Turns batches into detections, timing the three phases."""
+
+    def __init__(self, model: nn.Module, options: EvalOptions, keep_raw: bool) -> None:
+        self.model, self.options, self.keep_raw = model, options, keep_raw
+        self.device = next(model.parameters()).device
+        self.dtype = torch.float16 if options.half and self.device.type == "cuda" else torch.float32
+        self.num_masks = int(getattr(getattr(model, "head", None), "nm", 0))  # of a segmentation network: left out
+        self.clocks = tuple(Stopwatch(self.device) for _ in range(3))
+
+    def __call__(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Detections per image `(k, 6)` in letterboxed pixels, and the raw outputs per level when they are wanted."""
+        pre, inference, nms = self.clocks
+        options, total = self.options, len(batch.images)
+        known = self._labels(batch) if options.hybrid else []
+        chunk = CPU_CHUNK if self.device.type == "cpu" else total
+        detections: list[Tensor] = []
+        raws: list[Sequence[Tensor]] = []
+        for start in range(0, total, chunk):
+            with pre:
+                images = to_float(batch.images[start : start + chunk], self.device, self.dtype)
+            with inference:
+                prediction, raw = _forward(self.model, images, options.augment)
+            with nms:
+                detections += non_max_suppression(
+                    prediction,
+                    options.conf_thres,
+                    options.iou_thres,
+                    labels=known[start : start + chunk],
+                    multi_label=True,
+                    agnostic=options.single_cls,
+                    max_det=options.max_det,
+                    num_masks=self.num_masks,
+                )
+            if self.keep_raw:
+                raws.append(raw)
+        return detections, [torch.cat(level) for level in zip(*raws)]
+
+    def _labels(self, batch: Batch) -> list[Tensor]:
+        height, width = batch.images.shape[-2:]
+        targets = batch.targets.to(self.device)
+        rows = torch.cat((targets[:, 1:2], targets[:, 2:6] * targets.new_tensor((width, height, width, height))), 1)
+        return _by_image(rows, targets[:, 0], len(batch.images))
+
+
+def _by_image(rows: Tensor, image_index: Tensor, num_images: int) -> list[Tensor]:
+    """Rows handed out to the images they belong to; one pass over all of them instead of one per image."""
+    order = torch.argsort(image_index, stable=True)
+    counts = torch.bincount(image_index.long(), minlength=num_images)
+    return list(rows[order].split(counts.tolist()))
+
+
+def _native(batch: Batch, detections: list[Tensor]) -> Iterator[ImageResult]:
+    """Every image's detections and labels on the CPU, in pixels of the file. One transfer for the whole batch."""
+    height, width = batch.images.shape[-2:]
+    found = torch.cat([rows[:, :6] for rows in detections]).float().cpu().split([len(rows) for rows in detections])
+    targets = batch.targets.cpu()
+    boxes = cxcywhn_to_xyxy(targets[:, 2:6], width, height)
+    truths = _by_image(torch.cat((targets[:, 1:2], boxes), 1), targets[:, 0], len(batch.images))
+    for path, letterbox, rows, truth in zip(batch.paths, batch.letterboxes, found, truths):
+        assert letterbox is not None, "evaluation needs to know how each image was letterboxed"
+        rows = torch.cat((undo_letterbox(rows[:, :4], letterbox), rows[:, 4:]), 1)
+        truth = torch.cat((truth[:, :1], undo_letterbox(truth[:, 1:], letterbox)), 1)
+        yield ImageResult(path, letterbox.original_hw, rows, truth)
+
+
+def labels_to_draw(batch: Batch) -> list[Tensor]:
+    """Every image's labels `(n, 5)` [class, xyxy] in pixels of the batch, as pictures want them."""
+    height, width = batch.images.shape[-2:]
+    targets = batch.targets.cpu()
+    boxes = torch.cat((targets[:, 1:2], cxcywhn_to_xyxy(targets[:, 2:6], width, height)), 1)
+    return _by_image(boxes, targets[:, 0], len(batch.images))
+
+
+def detections_to_draw(detections: list[Tensor], confidence: float = 0.25) -> list[Tensor]:
+    """Every image's confident detections `(k, 6)` [class, xyxy, conf] on the CPU, as pictures want them."""
+    sure = [rows[rows[:, 4] > confidence].float().cpu() for rows in detections]
+    return [torch.cat((rows[:, 5:6], rows[:, :5]), 1) for rows in sure]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    options: EvalOptions,
+    *,
+    compute_loss: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]] | None = None,
+    on_batch: OnBatch | None = None,
+    on_image: OnImage | None = None,
+) -> EvalResult:
+    """Detections of `model` on every batch, judged against the labels in pixels of the original images.
+
+    The model is left in evaluation mode. The loss is that of the raw outputs, averaged over batches as in training;
+    it needs `augment=False`. Numbers do not depend on the time anything takes: NMS has no time limit.
+    """
+    model.eval()
+    detector = _Detector(model, options, keep_raw=compute_loss is not None)
+    average, thresholds = AveragePrecision(options.num_classes), torch.tensor(IOU_THRESHOLDS)
+    confusion = ConfusionMatrix(options.num_classes) if options.confusion else None
+    losses = torch.zeros(3, device=detector.device)
+    seen = batches = 0
+    bar = tqdm(loader, desc="Validating", bar_format=BAR_FORMAT, leave=False, disable=not options.progress)
+    for batches, batch in enumerate(bar, 1):
+        detections, raw = detector(batch)
+        if compute_loss is not None:
+            losses += compute_loss(raw, batch.targets.to(detector.device))[1]
+        if on_batch is not None:
+            on_batch(batches - 1, batch, detections)
+        for image in _native(batch, detections):
+            judged = image.detections
+            if options.single_cls:
+                judged = torch.cat((judged[:, :5], torch.zeros_like(judged[:, 5:])), 1)
+            correct = match(judged, image.truth, thresholds)
+            average.update(correct, judged[:, 4], judged[:, 5], image.truth[:, 0])
+            if confusion is not None:
+                confusion.update(judged, image.truth)
+            if on_image is not None:
+                on_image(image)
+            seen += 1
+    ap = average.compute()
+    box, objectness, classes = (losses / max(batches, 1)).tolist()
+    pre, inference, nms = (1000 * clock.seconds / max(seen, 1) for clock in detector.clocks)
+    maps = ap.maps(options.num_classes)
+    return EvalResult(ap, (box, objectness, classes), (pre, inference, nms), seen, confusion, maps)
+
+
+def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool) -> list[str]:
+    """The lines below `TABLE_HEADER`: all classes together, then one per class that has labels."""
+    row = "%22s" + "%11i" * 2 + "%11.3g" * 4
+    ap = result.ap
+    total = int(np.sum(ap.instances))
+    lines = [row % ("all", result.seen, total, ap.mean_precision, ap.mean_recall, ap.map50, ap.map)]
+    if per_class:
+        for i, c in enumerate(np.asarray(ap.classes, dtype=int).tolist()):
+            values = (ap.precision[i], ap.recall[i], ap.ap[i, 0], ap.ap[i].mean())
+            lines.append(row % (names[c], result.seen, ap.instances[i], *values))
+    return lines
+
+
+def round_up(imgsz: int, stride: int, *, floor: int = 0) -> int:
+    """The image size as the next multiple of the network's stride, at least `floor`; a change is logged."""
+    size = max(-(-int(imgsz) // stride) * stride, floor)
+    if size != imgsz:
+        LOGGER.warning(f"--imgsz {imgsz} is not a multiple of the network's stride {stride}: using {size}.")
+    return size
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+TRAIN_HEADER = ("%11s" * 7) % ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
+ACCELERATOR_LOG_INTERVAL = 20  # batches between two reads of the losses: each read waits for the device
+MAX_GRADIENT_NORM = 10.0
+ComputesLoss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
+OnTrainBatch = Callable[[int, Batch], None]
+
+
+class NonFiniteLoss(UserError):
+    """The loss became nan or infinite; the message names the batch's images."""
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); where it does not, bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The lower precision to train in: fp16 on CUDA, bf16 on a CPU that has it, else none."""
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and native_bf16() else None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How an epoch is run; sizes in pixels."""
+
+    epochs: int
+    imgsz: int
+    stride: int = 32
+    seed: int = 0
+    multi_scale: bool = False
+    world_size: int = 1
+    progress: bool = True
+
+
+@dataclass
+class Trainer:
+    """The parts of a training that an epoch moves. `model` may be wrapped for distributed training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    compute_loss: ComputesLoss
+    device: torch.device
+    options: TrainOptions
+    ema: ModelEMA | None = None
+    frozen: Sequence[nn.Module] = ()  # their parameters do not train; their batch norms keep their statistics too
+    dtype: torch.dtype | None = None  # of autocast
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def start_epoch_(self) -> None:
+        """Training mode, except for the statistics of frozen batch norms; no gradients."""
+        self.model.train()
+        for part in self.frozen:
+            for module in part.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of one batch and its three items; the network in lower precision where there is one."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            predictions = self.model(images)
+        total, items = self.compute_loss(predictions, targets)
+        return total * self.options.world_size, items  # distributed gradients are averaged: undo that
+
+    def step_(self) -> None:
+        """One optimizer step on clipped gradients, then the average."""
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM, foreach=self.device.type != "mps")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
+
+
+class LossMonitor:
+    """Running means of the losses; on an accelerator they are read, and checked, once per interval."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.interval = 1 if device.type == "cpu" else ACCELERATOR_LOG_INTERVAL
+        self.total, self.count = np.zeros(3), 0
+        self._waiting: list[tuple[Tensor, list[str]]] = []
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean box, objectness and class loss of the batches read so far."""
+        return self.total / max(self.count, 1)
+
+    def add(self, items: Tensor, paths: list[str], *, last: bool) -> bool:
+        """Note one batch; whether the waiting ones were read now.
+
+        Raises:
+            NonFiniteLoss: naming the images of the first batch whose loss is not a finite number.
+        """
+        self._waiting.append((items, paths))
+        if len(self._waiting) < self.interval and not last:
+            return False
+        values = torch.stack([items for items, _ in self._waiting]).double().cpu().numpy()  # the device sync
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
+            box, objectness, classes = values[bad[0]]
+            raise NonFiniteLoss(
+                f"the loss is not finite (box {box:g}, obj {objectness:g}, cls {classes:g}) on a batch of these "
+                f"images: {', '.join(self._waiting[bad[0]][1])}. Look at their labels, or lower lr0 (--hyp)."
+            )
+        self.total += values.sum(0)
+        self.count += len(values)
+        self._waiting.clear()
+        return True
+
+
+def train_one_epoch(
+    trainer: Trainer, loader: Iterable[Batch], epoch: int, *, on_batch: OnTrainBatch | None = None
+) -> np.ndarray:
+    """Take the network through one epoch; the mean box, objectness and class losses `(3,)`.
+
+    Raises:
+        NonFiniteLoss: on a CPU before the weights are touched, on an accelerator within the logging interval.
+    """
+    schedule, options = trainer.schedule, trainer.options
+    steps = schedule.steps_in(epoch)
+    monitor = LossMonitor(trainer.device)
+    trainer.start_epoch_()
+    bar = tqdm(loader, total=len(steps), bar_format=BAR_FORMAT, disable=not options.progress)
+    for index, batch in enumerate(bar):
+        schedule.apply_(trainer.optimizer, epoch * len(steps) + index)
+        images = to_float(batch.images, trainer.device)
+        if options.multi_scale:
+            images = rescale(images, options, np.random.default_rng((options.seed, epoch, index)))
+        targets = batch.targets.to(trainer.device, non_blocking=True)
+        # Gradients of a started accumulation stay on their process; only the batch that steps exchanges them.
+        no_sync = getattr(trainer.model, "no_sync", None) if not steps[index] else None
+        with no_sync() if no_sync is not None else contextlib.nullcontext():
+            loss, items = trainer.loss(images, targets)
+            read = monitor.add(items, batch.paths, last=index == len(steps) - 1)
+            trainer.scaler.scale(loss).backward()
+        if steps[index]:
+            trainer.step_()
+        if on_batch is not None:
+            on_batch(index, batch)
+        if read:
+            bar.set_description(_progress_row(epoch, options, monitor.mean, len(targets), images))
+    return monitor.mean
+
+
+def _progress_row(epoch: int, options: TrainOptions, losses: np.ndarray, instances: int, images: Tensor) -> str:
+    memory = f"{torch.cuda.memory_reserved(images.device) / 1e9 if images.is_cuda else 0:.3g}G"
+    row = "%11s" * 2 + "%11.4g" * 5
+    return row % (f"{epoch}/{options.epochs - 1}", memory, *losses, instances, images.shape[-1])
+
+
+def rescale(images: Tensor, options: TrainOptions, rng: np.random.Generator) -> Tensor:
+    """The batch resized to a random multiple of the stride between half and one and a half times `imgsz`."""
+    factor = multi_scale_size(options.imgsz, options.stride, rng) / max(images.shape[-2:])
+    height, width = (math.ceil(side * factor / options.stride) * options.stride for side in images.shape[-2:])
+    if (height, width) == tuple(images.shape[-2:]):
+        return images
+    return nn.functional.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,335 @@
+"""Validate a checkpoint on a dataset: precision, recall, mAP50 and mAP50-95, per class where wanted.
+
+    python val.py --weights yolov5n.pt --data coco128.yaml --img 640
+
+From Python: `val.run(weights="yolov5n.pt", data="coco128.yaml")`; the keywords are the flags with underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.config import ArgumentParser, DatasetSpec, UserError, options_from
+from utils.runtime import LOGGER, ROOT, increment_path, relative, run_script, select_device, setup_logging
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from utils.dataloaders import Batch
+    from utils.engine import EvalOptions, EvalResult, ImageResult
+
+Summary = tuple[tuple[float, ...], Any, tuple[float, float, float]]
+STUDY_SIZES = range(256, 1536 + 128, 128)
+PLOTTED_BATCHES = 3
+COCO91_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids COCO announced and never used
+
+
+def build_parser() -> ArgumentParser:
+    """YOLOv5's flags of val.py."""
+    parser = ArgumentParser(prog="val.py", description="Validate a checkpoint on a dataset.")
+    add = parser.add_argument
+    add("--data", default=str(ROOT / "data/coco128.yaml"), help="dataset YAML")
+    add("--weights", nargs="+", default=["yolov5s.pt"], help="checkpoint; several are judged together as an ensemble")
+    add("--batch-size", type=int, default=32, help="images per batch")
+    add("--imgsz", "--img", "--img-size", type=int, default=640, help="image size in pixels")
+    add("--conf-thres", type=float, default=0.001, help="lowest confidence of a detection")
+    add("--iou-thres", type=float, default=0.6, help="IoU above which NMS drops the weaker box")
+    add("--max-det", type=int, default=300, help="most detections per image")
+    add("--task", default="val", choices=("train", "val", "test", "speed", "study"), help="split to judge, or a study")
+    add("--device", default="", help="cpu, mps, or a CUDA number such as 0")
+    add("--workers", type=int, default=8, help="most loader processes")
+    add("--single-cls", action="store_true", help="judge as if all classes were one")
+    add("--augment", action="store_true", help="test-time augmentation")
+    add("--verbose", action="store_true", help="one row per class")
+    add("--save-txt", action="store_true", help="write labels/*.txt")
+    add("--save-hybrid", action="store_true", help="write labels and detections together; implies --save-txt")
+    add("--save-conf", action="store_true", help="confidences in --save-txt files")
+    add("--save-json", action="store_true", help="write a COCO results file; scored with pycocotools where installed")
+    add("--project", default=str(ROOT / "runs/val"), help="folder of the runs")
+    add("--name", default="exp", help="name of this run")
+    add("--exist-ok", action="store_true", help="write into an existing run folder")
+    add("--half", action="store_true", help="fp16 inference (CUDA)")
+    add("--dnn", action="store_true", help="not offered: OpenCV DNN inference of ONNX files")
+    add("--noplots", action="store_true", help="no pictures")
+    return parser
+
+
+def run(**options: Any) -> Summary:
+    """Validate; keywords are the flags with underscores.
+
+    Returns:
+        `((precision, recall, mAP50, mAP50-95, box, obj, cls loss), mAP50-95 per class, ms per image of pre-processing,
+        inference and NMS)`. The losses are zero here: only training computes them.
+
+    Raises:
+        UserError: an unknown keyword, or anything wrong with the files named.
+    """
+    setup_logging()
+    return _run(options_from(build_parser(), options))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; a user's mistake raises UserError."""
+    options = build_parser().parse_args(argv)
+    if options.half and _device(options).type != "cuda":
+        raise UserError("--half needs a CUDA device; on this one fp32 is as fast and exact. Leave the flag out.")
+    _run(options)
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    return select_device(options.device, options.batch_size)
+
+
+def _run(options: argparse.Namespace) -> Summary:
+    if options.dnn:
+        raise UserError("--dnn (OpenCV DNN) is not offered. Validate the .pt file itself, without the flag.")
+    if isinstance(options.weights, (str, Path)):
+        options.weights = [options.weights]
+    if options.save_hybrid:
+        options.save_txt = True
+    if str(options.data).endswith("coco.yaml") and options.task in ("val", "test"):
+        options.save_json = True
+    if options.task == "study":
+        return _study(options)
+    if options.conf_thres > 0.001 and options.task != "speed":
+        LOGGER.warning(
+            f"--conf-thres {options.conf_thres:g} above 0.001 cuts the precision-recall curve short: low mAP."
+        )
+    return _validate(options)
+
+
+def _validate(options: argparse.Namespace) -> Summary:
+    from utils.dataloaders import LoaderOptions, build_loader, prepare
+    from utils.engine import TABLE_HEADER, evaluate, round_up, table_rows
+
+    speed = options.task == "speed"
+    device = _device(options)
+    task = options.task if options.task in ("train", "val", "test") else "val"
+    spec = prepare(options.data, task=task)
+    model, names, stride = _load(options, spec, device)
+    imgsz = round_up(options.imgsz, stride)
+    save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+    (save_dir / "labels" if options.save_txt else save_dir).mkdir(parents=True, exist_ok=True)
+    loader, _ = build_loader(
+        spec,
+        spec.split(task),
+        LoaderOptions(
+            imgsz=imgsz,
+            batch_size=options.batch_size,
+            stride=stride,
+            rect=not speed,
+            pad=0.0 if speed else 0.5,
+            single_cls=options.single_cls,
+            workers=options.workers,
+            prefix=f"{task}: ",
+        ),
+    )
+    plots = not options.noplots and not speed
+    writer = ResultWriter(options, spec, names, save_dir, plots=plots)
+    eval_options = _eval_options(options, spec, device, confusion=plots)
+    result = evaluate(model, loader, eval_options, on_batch=writer.batch, on_image=writer.image)
+    per_class = (options.verbose or spec.num_classes < 50) and eval_options.num_classes > 1
+    LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, names, per_class=per_class)]))
+    shape = (options.batch_size, 3, imgsz, imgsz)
+    times = "{:.1f}ms pre-process, {:.1f}ms inference, {:.1f}ms NMS per image".format(*result.times_ms)
+    LOGGER.info(f"Speed: {times} at shape {shape}")
+    summary = writer.finish(result)
+    LOGGER.info(f"Results saved to {relative(save_dir)}")
+    return summary, result.maps, result.times_ms
+
+
+def _eval_options(
+    options: argparse.Namespace, spec: DatasetSpec, device: torch.device, *, confusion: bool
+) -> EvalOptions:
+    from utils.engine import EvalOptions
+
+    speed = options.task == "speed"
+    return EvalOptions(
+        num_classes=1 if options.single_cls else spec.num_classes,
+        conf_thres=0.25 if speed else options.conf_thres,
+        iou_thres=0.45 if speed else options.iou_thres,
+        max_det=options.max_det,
+        augment=options.augment,
+        half=(options.half or speed) and device.type == "cuda",
+        single_cls=options.single_cls,
+        hybrid=options.save_hybrid,
+        confusion=confusion,
+    )
+
+
+def _load(
+    options: argparse.Namespace, spec: DatasetSpec, device: torch.device
+) -> tuple[nn.Module, dict[int, str], int]:
+    """The fused network (an ensemble of several files), its class names and its largest stride."""
+    import torch
+
+    from models.checkpoint import load_model
+    from utils.downloads import find_weights
+    from utils.engine import Ensemble
+
+    models = [load_model(find_weights(str(name)), device) for name in options.weights]
+    for model, weights in zip(models, options.weights):
+        if len(model.names) != spec.num_classes and not options.single_cls:
+            raise UserError(
+                f"{weights}: knows {len(model.names)} classes, but {relative(spec.path)} names {spec.num_classes}. "
+                "Give the dataset it was trained for, or --single-cls."
+            )
+    stride = max(int(model.stride.max()) for model in models)
+    names = {0: "item"} if options.single_cls and spec.num_classes != 1 else spec.names
+    model = models[0] if len(models) == 1 else Ensemble(models)
+    model = model.to(memory_format=torch.channels_last)
+    if options.half or options.task == "speed":
+        if device.type == "cuda":
+            model = model.half()
+        elif options.half:
+            LOGGER.warning("fp16 needs CUDA; running in fp32.")
+    return model, dict(names), max(stride, 32)
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+class ResultWriter:
+    """Writes what the flags ask for while images are judged: label files, COCO JSON, pictures."""
+
+    def __init__(
+        self, options: argparse.Namespace, spec: DatasetSpec, names: dict[int, str], save_dir: Path, *, plots: bool
+    ) -> None:
+        self.options, self.spec, self.names, self.save_dir, self.plots = options, spec, names, save_dir, plots
+        self.predictions: list[dict[str, Any]] = []
+        self.image_ids: list[int | str] = []
+        self.is_coco = any(path.as_posix().endswith("coco/val2017.txt") for path in spec.val)
+        self.categories = coco_categories() if self.is_coco else list(range(max(1000, spec.num_classes)))
+
+    def batch(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
+        """Pictures of the labels and the detections of the first batches."""
+        if self.plots and index < PLOTTED_BATCHES:
+            draw_batch(index, batch, detections, self.names, self.save_dir)
+
+    def image(self, image: ImageResult) -> None:
+        """The detections of one image, as text or JSON."""
+        if self.options.save_txt:
+            self._write_txt(image)
+        if self.options.save_json:
+            self._collect_json(image)
+
+    def _write_txt(self, image: ImageResult) -> None:
+        from utils.boxes import xyxy_to_cxcywhn
+
+        height, width = image.shape_hw
+        boxes = xyxy_to_cxcywhn(image.detections[:, :4], width, height).tolist()
+        lines = []
+        for box, (confidence, class_index) in zip(boxes, image.detections[:, 4:6].tolist()):
+            values = (class_index, *box, confidence) if self.options.save_conf else (class_index, *box)
+            lines.append(" ".join(f"{value:g}" for value in values) + "\n")
+        if lines:
+            with open(self.save_dir / "labels" / f"{Path(image.path).stem}.txt", "a", encoding="utf-8") as file:
+                file.writelines(lines)
+
+    def _collect_json(self, image: ImageResult) -> None:
+        stem = Path(image.path).stem
+        image_id = int(stem) if stem.isnumeric() else stem
+        self.image_ids.append(image_id)
+        for x1, y1, x2, y2, confidence, class_index in image.detections.tolist():
+            self.predictions.append(
+                {
+                    "image_id": image_id,
+                    "category_id": self.categories[int(class_index)],
+                    "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
+                    "score": round(confidence, 5),
+                }
+            )
+
+    def finish(self, result: EvalResult) -> tuple[float, ...]:
+        """Curves, confusion matrix and JSON; the summary, with COCO's own mAP where it could be computed."""
+        summary = result.summary
+        if self.plots:
+            draw_result(result, self.names, self.save_dir)
+        if self.options.save_txt:
+            count = len(list((self.save_dir / "labels").glob("*.txt")))
+            LOGGER.info(f"{count} label files in {relative(self.save_dir / 'labels')}")
+        if self.options.save_json and self.predictions:
+            file = self.save_dir / f"{Path(self.options.weights[0]).stem}_predictions.json"
+            file.write_text(json.dumps(self.predictions), encoding="utf-8")
+            LOGGER.info(f"{len(self.predictions)} detections in {relative(file)}")
+            official = coco_map(file, self.spec, self.image_ids)
+            if official is not None:
+                summary = (*summary[:2], *official, *summary[4:])
+        return summary
+
+
+def draw_batch(index: int, batch: Batch, detections: list[Tensor], names: dict[int, str], save_dir: Path) -> None:
+    """Write `val_batch{index}_labels.jpg` and `val_batch{index}_pred.jpg`."""
+    from utils import plots
+    from utils.engine import detections_to_draw, labels_to_draw
+
+    for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
+        plots.plot_batch(batch.images, boxes, batch.paths, names, save_dir / f"val_batch{index}_{kind}.jpg")
+
+
+def draw_result(result: EvalResult, names: dict[int, str], save_dir: Path) -> None:
+    """Write the precision-recall, F1, P and R curves and the confusion matrix."""
+    from utils import plots
+
+    plots.plot_curves(result.ap, names, save_dir)
+    if result.confusion is not None:
+        plots.plot_confusion(result.confusion.matrix, names, save_dir / "confusion_matrix.png")
+
+
+def coco_categories() -> list[int]:
+    """COCO's category id of each of its 80 classes."""
+    return [number for number in range(1, 91) if number not in COCO91_GAPS]
+
+
+def coco_map(predictions: Path, spec: DatasetSpec, image_ids: list[int | str]) -> tuple[float, float] | None:
+    """pycocotools' (mAP50, mAP50-95) of a results file; None, with the reason logged, where it cannot be computed."""
+    annotations = spec.root / "annotations" / "instances_val2017.json"
+    if not annotations.is_file():
+        LOGGER.info(f"no {relative(annotations)}: not scored with pycocotools")
+        return None
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        LOGGER.warning("pycocotools is not installed: not scored. `pip install pycocotools`")
+        return None
+    truth = COCO(str(annotations))
+    evaluation = COCOeval(truth, truth.loadRes(str(predictions)), "bbox")
+    evaluation.params.imgIds = image_ids  # a dataset may be a part of the annotated images
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return float(evaluation.stats[1]), float(evaluation.stats[0])
+
+
+def _study(options: argparse.Namespace) -> Summary:
+    """mAP and speed at every size of STUDY_SIZES; one `study_<data>_<weights>.txt` per checkpoint."""
+    from utils import plots
+
+    save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+    files = []
+    summary: Summary = ((), None, (0.0, 0.0, 0.0))
+    for weights in options.weights:
+        rows = []
+        for size in STUDY_SIZES:
+            once = argparse.Namespace(**vars(options))
+            once.task, once.weights, once.imgsz, once.noplots = "val", [weights], size, True
+            once.project, once.name = str(save_dir), str(size)
+            LOGGER.info(f"\n{weights} at {size}:")
+            summary = _validate(once)
+            rows.append((*summary[0], *summary[2]))
+        file = save_dir / f"study_{Path(options.data).stem}_{Path(weights).stem}.txt"
+        file.write_text("".join(" ".join(f"{v:10.4g}" for v in row) + "\n" for row in rows), encoding="utf-8")
+        files.append(file)
+    if not options.noplots:
+        plots.plot_study(files, STUDY_SIZES, save_dir / "study.png")
+    LOGGER.info(f"Results saved to {relative(save_dir)}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_script(main)
