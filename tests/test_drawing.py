@@ -44,7 +44,7 @@ def test_the_label_goes_above_the_box_or_inside(box: tuple[int, ...], rows: slic
     annotator = Annotator(np.zeros((100, 160, 3), np.uint8), line_width=2)
     annotator.box(box, "dog", (0, 0, 255))
     label = annotator.image[rows, 42:60]
-    assert (label == (255, 255, 255)).all(2).any() and (label[..., 2] > 200).mean() > 0.9
+    assert (label > 180).all(2).any() and (label[..., 2] > 200).mean() > 0.9, "white letters on red"
 
 
 def test_a_label_never_leaves_the_image_at_the_right() -> None:
@@ -57,7 +57,7 @@ def test_letters_are_dark_on_light_colours() -> None:
     for background, ink in (((250, 250, 200), 0), ((90, 20, 10), 255)):
         annotator = Annotator(np.full((60, 120, 3), 127, np.uint8), line_width=3)
         annotator.text((0, 0), "WWW", background=background)
-        assert (annotator.image == ink).all(2).any()
+        assert (np.abs(annotator.image.astype(int) - ink) < 60).all(2).any()  # thin strokes are anti-aliased
 
 
 def test_boxes_over_the_edge_and_empty_boxes_do_no_harm() -> None:
