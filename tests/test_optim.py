@@ -124,10 +124,18 @@ def test_the_warm_up_is_never_longer_than_a_third_of_the_run(epochs: int, batche
 def test_every_epoch_ends_with_a_step_and_steps_where_enough_batches_came_together() -> None:
     schedule = Schedule(replace(HYP, warmup_epochs=0), epochs=3, batches_per_epoch=10, batch_size=16)
     assert schedule.steps_in(1) == [False, False, False, True] * 2 + [False, True]
-    warm = Schedule(HYP, epochs=3, batches_per_epoch=8, batch_size=16)
-    # accumulate is 1, 1, 2, 2, 2, 3, 3, 4 over the eight batches of the warm-up
-    assert [warm.at(i).accumulate for i in range(8)] == [1, 1, 2, 2, 2, 3, 3, 4]
-    assert warm.steps_in(0) == [True, True, False, True, False, False, True, True]
+    # during the warm-up of at least 100 iterations the number rises from 1 to 4: at 16.7 to 2, at 50 (even) to 2, ...
+    warm = Schedule(HYP, epochs=30, batches_per_epoch=8, batch_size=16)
+    assert [warm.at(i).accumulate for i in (0, 16, 17, 50, 51, 83, 84, 100)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert warm.steps_in(1) == [True] * 8
+    assert warm.steps_in(12) == [False, False, False, True] * 2
+
+
+def test_a_short_run_keeps_taking_a_step_per_batch() -> None:
+    """Fine-tuning for 24 batches: rates are warm after a third, accumulation is not worth it yet."""
+    short = Schedule(HYP, epochs=3, batches_per_epoch=8, batch_size=16)
+    assert short.warmup_iterations == 8 and short.at(8).lr == pytest.approx((0.01 * short.factor(1),) * 3)
+    assert sum(sum(short.steps_in(epoch)) for epoch in range(3)) == 21
 
 
 def test_the_schedule_sets_the_rates_of_every_group_but_not_adams_betas() -> None:

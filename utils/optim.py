@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
-MIN_WARMUP_ITERATIONS = 100  # upstream's; see Schedule.warmup_iterations for what a short run gets
+MIN_WARMUP_ITERATIONS = 100  # upstream's; see Schedule for what a short run gets
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Schedule:
     """Learning rates, momentum and accumulation of every iteration; holds no state, so resuming needs none.
 
     Upstream's rule: after a linear warm-up the learning rate changes per epoch, linearly or as a cosine, from lr0 to
-    lr0 * lrf. Deviation: the warm-up never takes more than a third of the run, where upstream's minimum of 100
-    iterations keeps short runs inside it to the end.
+    lr0 * lrf. Deviation: rates and momentum never warm up for more than a third of the run, where upstream's minimum of
+    100 iterations keeps short runs inside the warm-up to their end. The accumulation keeps upstream's length: a short
+    run has few steps already. Fine-tuning yolov5n with SE on coco128 for 3 epochs of 8 batches ended at mAP50 0.29 with
+    both shortened (9 steps), 0.37 like this (21 steps), 0.36 with upstream's rule.
     """
 
     hyp: OptimHyp
@@ -97,12 +99,16 @@ class Schedule:
     cosine: bool = False
 
     @property
-    def warmup_iterations(self) -> int:
-        """How many iterations warm up; 0 where `warmup_epochs` is 0."""
+    def accumulation_iterations(self) -> int:
+        """Over how many iterations the batches per step rise to their final number; 0 where `warmup_epochs` is 0."""
         if self.hyp.warmup_epochs <= 0:
             return 0
-        wanted = max(round(self.hyp.warmup_epochs * self.batches_per_epoch), MIN_WARMUP_ITERATIONS)
-        return min(wanted, self.epochs * self.batches_per_epoch // 3)
+        return max(round(self.hyp.warmup_epochs * self.batches_per_epoch), MIN_WARMUP_ITERATIONS)
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Over how many iterations learning rates and momentum warm up: at most a third of the run."""
+        return min(self.accumulation_iterations, self.epochs * self.batches_per_epoch // 3)
 
     def factor(self, epoch: int) -> float:
         """Learning rate / lr0 of an epoch after the warm-up."""
@@ -113,17 +119,18 @@ class Schedule:
 
     def at(self, iteration: int) -> Setting:
         """The settings of an iteration, counted from 0 over the whole run."""
-        lr = self.hyp.lr0 * self.factor(iteration // self.batches_per_epoch)
+        hyp = self.hyp
+        lr = hyp.lr0 * self.factor(iteration // self.batches_per_epoch)
+        length = self.accumulation_iterations
+        ramp = min(iteration / length, 1.0) if length else 1.0
+        accumulate = max(round(1 + ramp * (hyp.nominal_batch / self.batch_size - 1)), 1)
         warmup = self.warmup_iterations
         if iteration >= warmup:
-            return Setting((lr, lr, lr), self.hyp.momentum, accumulation(self.hyp, self.batch_size))
+            return Setting((lr, lr, lr), hyp.momentum, accumulate)
         done = iteration / warmup
         rising = lr * done
-        return Setting(
-            lr=(self.hyp.warmup_bias_lr * (1 - done) + rising, rising, rising),
-            momentum=self.hyp.warmup_momentum + done * (self.hyp.momentum - self.hyp.warmup_momentum),
-            accumulate=max(round(1 + done * (self.hyp.nominal_batch / self.batch_size - 1)), 1),
-        )
+        momentum = hyp.warmup_momentum + done * (hyp.momentum - hyp.warmup_momentum)
+        return Setting((hyp.warmup_bias_lr * (1 - done) + rising, rising, rising), momentum, accumulate)
 
     def steps_in(self, epoch: int) -> list[bool]:
         """Which batches of an epoch end with an optimizer step.
