@@ -300,6 +300,7 @@ class Training:
                 raise UserError(f"epoch {epoch}: {error}{kept}") from None
             if self._finish_epoch(epoch, losses):
                 break
+        self.loader.close()
         options.save_dir = self.save_dir
         if self.main:
             self._finish()
@@ -417,6 +418,7 @@ class Training:
         LOGGER.info(f"\nValidating {relative(options.best)}...")
         model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
         result = self._judge(model, pictures=pictures, per_class=len(self.names) > 1)
+        self.val_loader.close()
         options.results = result.summary
         if pictures:
             self._draw_results(result)

@@ -132,6 +132,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     writer = ResultWriter(options, spec, names, save_dir, plots=plots)
     eval_options = _eval_options(options, spec, device, confusion=plots)
     result = evaluate(model, loader, eval_options, on_batch=writer.batch, on_image=writer.image)
+    loader.close()
     per_class = (options.verbose or spec.num_classes < 50) and eval_options.num_classes > 1
     LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, names, per_class=per_class)]))
     shape = (options.batch_size, 3, imgsz, imgsz)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import UserError
@@ -22,6 +24,22 @@ CLASS_OFFSET = 7_680
 FIRST_ROUND = 1_024
 GROUPING_FROM = 1_024
 GROUP_SIZE = 512
+
+
+@functools.cache
+def _operator() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """torchvision's compiled `nms`: boxes (N, 4) xyxy, scores (N,), threshold -> indices kept, best first.
+
+    Importing the package as well would load torch's compiler for operators we never compile, which takes longer than
+    detecting on dozens of images; where the library is not found under its usual name the package is imported.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    for library in folder.glob("_C*.so"):
+        torch.ops.load_library(str(library))
+    if not hasattr(torch.ops.torchvision, "nms"):
+        importlib.import_module("torchvision")
+    return torch.ops.torchvision.nms
 
 
 def non_max_suppression(
@@ -128,7 +146,7 @@ def _suppress(candidates: Tensor, iou_thres: float, offset: int, max_det: int) -
         if offset and boxes.device.type == "cpu" and len(boxes_now) > GROUPING_FROM:
             kept = _nms_in_groups(boxes_now, scores, class_index.long(), iou_thres)
         else:
-            kept = nms(boxes_now, scores, iou_thres)
+            kept = _operator()(boxes_now, scores, iou_thres)
         if len(kept) >= max_det or size >= len(boxes):
             return candidates[kept[:max_det]]
         size *= 4
@@ -142,5 +160,6 @@ def _nms_in_groups(boxes: Tensor, scores: Tensor, class_index: Tensor, iou_thres
     group_of_class = (counts.cumsum(0) - counts) // GROUP_SIZE
     sizes = torch.bincount(group_of_class[class_index]).tolist()
     groups = zip(boxes[order].split(sizes), scores[order].split(sizes), order.split(sizes), strict=True)
+    nms = _operator()
     kept = [index[nms(group, score, iou_thres)] for group, score, index in groups]
     return torch.cat(kept).sort().values
