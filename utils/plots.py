@@ -147,7 +147,7 @@ def _curves(
     axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel=axis_names[0], ylabel=axis_names[1])
     axes.set_title(f"{axis_names[1]} over {axis_names[0].lower()}", color=INK, fontsize=12, loc="left")
     axes.grid(color="#e6eaee", linewidth=0.8)
-    figure.savefig(file, dpi=200)
+    figure.savefig(file, dpi=150)
 
 
 # ----------------------------------------------------------------------------------------------------- confusion matrix
@@ -163,8 +163,8 @@ def plot_confusion(matrix: np.ndarray, names: Mapping[int, str], file: str | Pat
     share = counts / np.maximum(counts.sum(0, keepdims=True), 1e-9)
     num_classes = len(counts) - 1
     figure, (axes,) = _figure((12, 9))
-    picture = axes.pcolormesh(np.where(share < 0.005, 0, share), cmap=BLUES, vmin=0, vmax=1)
-    axes.invert_yaxis()
+    cells, extent = np.where(share < 0.005, 0, share), (0, num_classes + 1, num_classes + 1, 0)
+    picture = axes.imshow(cells, cmap=BLUES, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
     if num_classes < MAX_NUMBERED_CELLS:
         size = 13 if num_classes < 10 else 10 if num_classes < 20 else 7
         for (row, column), value in np.ndenumerate(share):
@@ -184,7 +184,7 @@ def plot_confusion(matrix: np.ndarray, names: Mapping[int, str], file: str | Pat
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     figure.colorbar(picture, ax=axes, shrink=0.7, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
-    figure.savefig(file, dpi=250)
+    figure.savefig(file, dpi=150)
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
