@@ -45,7 +45,7 @@ def test_curves_are_four_pictures(tmp_path: Path) -> None:
     plot_curves(judged(3), {0: "a", 1: "b_$x$", 2: "c"}, tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["F1_curve.png", "PR_curve.png", "P_curve.png", "R_curve.png"]
-    assert {size(tmp_path / name) for name in files} == {(1800, 1200)}
+    assert {size(tmp_path / name) for name in files} == {(1350, 900)}
 
 
 @pytest.mark.slow
@@ -53,15 +53,15 @@ def test_many_classes_and_none_are_drawn_too(tmp_path: Path) -> None:
     for name, result in (("many", judged(80)), ("none", AveragePrecision(2).compute())):
         (tmp_path / name).mkdir()
         plot_curves(result, {i: f"class {i}" for i in range(80)}, tmp_path / name)
-        assert size(tmp_path / name / "R_curve.png") == (1800, 1200)
+        assert size(tmp_path / name / "R_curve.png") == (1350, 900)
 
 
 def test_the_confusion_matrix_divides_columns_and_leaves_small_shares_blank(tmp_path: Path) -> None:
     matrix = np.array([[999, 0, 0], [1, 0, 5], [0, 0, 0]])
     plot_confusion(matrix, {0: "cat", 1: "dog"}, tmp_path / "c.png")
     picture = cv2.imread(str(tmp_path / "c.png"))
-    assert picture.shape == (2250, 3000, 3)
-    cells = picture[200:1900, 400:2300]  # inside the axes
+    assert picture.shape == (1350, 1800, 3)
+    cells = picture[120:1140, 240:1380]  # inside the axes
     dark = (cells[..., 2] < 40) & (cells[..., 0] < 140)
     # two of nine cells are 1: cat as cat, and the background found as dog; 1 of 1000 is too little to be shown
     assert 0.12 < dark.mean() < 0.3
@@ -70,7 +70,7 @@ def test_the_confusion_matrix_divides_columns_and_leaves_small_shares_blank(tmp_
 @pytest.mark.slow
 def test_a_large_confusion_matrix_has_no_numbers(tmp_path: Path) -> None:
     plot_confusion(np.eye(121) * 5, {i: str(i) for i in range(120)}, tmp_path / "c.png")
-    assert size(tmp_path / "c.png") == (3000, 2250)
+    assert size(tmp_path / "c.png") == (1800, 1350)
 
 
 def test_label_charts(tmp_path: Path) -> None:
