@@ -264,7 +264,7 @@ def plot_results(csv_file: str | Path) -> Path:
     csv_file = Path(csv_file)
     header, values = _read_results(csv_file)
     order = [column for column in (1, 2, 3, 4, 5, 8, 9, 10, 6, 7) if column < len(header)]
-    margins = dict(left=0.035, right=0.99, bottom=0.085, top=0.94, wspace=0.2, hspace=0.25)
+    margins = dict(left=0.045, right=0.99, bottom=0.085, top=0.94, wspace=0.27, hspace=0.25)
     figure, panels = _figure((15, 6), 2, 5, margins)
     for axes, column in zip(panels, order):
         y = values[:, column]
