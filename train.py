@@ -140,6 +140,8 @@ def _check(options: argparse.Namespace) -> None:
         name = flag.lstrip("-").replace("-", "_")
         if getattr(options, name) != getattr(defaults, name):
             raise UserError(f"{flag} is not offered. {answer}")
+    if not (options.weights or options.cfg or options.resume):
+        raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
     if options.epochs < 1:
         raise UserError(f"--epochs {options.epochs}: expected 1 or more.")
     if options.batch_size < 1 and options.batch_size != -1:
@@ -227,8 +229,6 @@ class Training:
             model = build_model(self.resumed.yaml, nc=nc)
             model.load_state_dict(self.resumed.training["model"])
         elif not options.weights:
-            if not options.cfg:
-                raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
             model = build_model(options.cfg, **settings)
             LOGGER.info(f"Training {options.cfg} from nothing (--weights '').")
         else:
