@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from utils.config import ArgumentParser, UserError, options_from
-from utils.runtime import LOGGER, ROOT, Stopwatch, increment_path, relative, run_script, select_device, setup_logging
+from utils.config import ArgumentParser, UserError, check_minimum, options_from
+from utils.runtime import LOGGER, ROOT, Stopwatch, make_run_dir, relative, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2
@@ -89,9 +89,7 @@ def _check(options: argparse.Namespace) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if not 0 <= value <= 1:
             raise UserError(f"{flag} {value:g}: expected 0 to 1.")
-    for flag, count in (("--max-det", options.max_det), ("--line-thickness", options.line_thickness)):
-        if count < 1:
-            raise UserError(f"{flag} {count}: expected 1 or more.")
+    check_minimum(options, max_det=1, line_thickness=1)
     for name in _as_list(options.weights):
         if Path(name).suffix.lower() not in (".pt", ""):
             raise UserError(f"--weights {name}: only .pt checkpoints can be run. Give the .pt this was exported from.")
@@ -384,8 +382,7 @@ def _detect(options: argparse.Namespace) -> None:
     networks, paths = _load(options, device)
     stride = max(int(network.stride.max()) for network in networks)
     size_hw = _size_hw(options.imgsz, stride)
-    save_dir = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok)
-    (save_dir / "labels" if options.save_txt else save_dir).mkdir(parents=True, exist_ok=True)
+    save_dir = make_run_dir(options, "labels" if options.save_txt else "")
 
     predictor = _Predictor(networks, options, device)
     prepared = _prepare(source, size_hw, stride)

@@ -19,14 +19,15 @@ from utils.config import (
     ArgumentParser,
     UserError,
     check_hyp,
+    check_minimum,
     options_from,
     read_hyp,
 )
 from utils.runtime import (
     LOGGER,
     ROOT,
-    increment_path,
     init_seeds,
+    make_run_dir,
     rank,
     rank_zero_first,
     relative,
@@ -142,10 +143,11 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{flag} is not offered. {answer}")
     if not (options.weights or options.cfg or options.resume):
         raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
-    if options.epochs < 1:
-        raise UserError(f"--epochs {options.epochs}: expected 1 or more.")
+    check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0)
     if options.batch_size < 1 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
+    if not 0 <= options.label_smoothing < 1:
+        raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
     if options.cache not in (None, "ram", "disk", "val"):
         raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
 
@@ -271,10 +273,9 @@ class Training:
             return self.resumed.path.resolve().parent.parent
         if options.name == "cfg":
             options.name = Path(options.cfg).stem or "exp"
-        save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+        save_dir = make_run_dir(options, "weights") if self.main else Path(options.project) / options.name
         options.save_dir = str(save_dir)
         if self.main:
-            (save_dir / "weights").mkdir(parents=True, exist_ok=True)
             write_yaml(save_dir / "hyp.yaml", self.hyp)
             write_yaml(save_dir / "opt.yaml", self._plain_options())
         return save_dir

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ArgumentParser, DatasetSpec, UserError, options_from
-from utils.runtime import LOGGER, ROOT, increment_path, relative, run_script, select_device, setup_logging
+from utils.config import ArgumentParser, DatasetSpec, UserError, check_minimum, options_from
+from utils.runtime import LOGGER, ROOT, make_run_dir, relative, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,7 @@ def _device(options: argparse.Namespace) -> torch.device:
 def _run(options: argparse.Namespace) -> Summary:
     if options.dnn:
         raise UserError("--dnn (OpenCV DNN) is not offered. Validate the .pt file itself, without the flag.")
+    check_minimum(options, imgsz=1, batch_size=1, workers=0, max_det=1)
     if isinstance(options.weights, (str, Path)):
         options.weights = [options.weights]
     if options.save_hybrid:
@@ -112,8 +113,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     spec = prepare(options.data, task=task)
     model, names, stride = _load(options, spec, device)
     imgsz = round_up(options.imgsz, stride)
-    save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
-    (save_dir / "labels" if options.save_txt else save_dir).mkdir(parents=True, exist_ok=True)
+    save_dir = make_run_dir(options, "labels" if options.save_txt else "")
     loader, _ = build_loader(
         spec,
         spec.split(task),
@@ -311,7 +311,7 @@ def _study(options: argparse.Namespace) -> Summary:
     """mAP and speed at every size of STUDY_SIZES; one `study_<data>_<weights>.txt` per checkpoint."""
     from utils import plots
 
-    save_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+    save_dir = make_run_dir(options)
     files = []
     summary: Summary = ((), None, (0.0, 0.0, 0.0))
     for weights in options.weights:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -37,23 +36,10 @@ from utils.engine import (
 )
 from utils.loss import ComputeLoss, scale_gains
 from utils.optim import ModelEMA, OptimHyp, Schedule, build_optimizer
-from utils.runtime import LOGGER, setup_logging
 
 SIZE, CLASSES = 64, 3
 QUIET = EvalOptions(num_classes=CLASSES, progress=False)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What is logged during the test."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    setup_logging()
-    LOGGER.addHandler(handler)
-    yield lines
-    LOGGER.removeHandler(handler)
 
 
 def make_batch(num_images: int, seed: int = 0, *, scale: float = 0.5) -> Batch:

@@ -15,7 +15,7 @@ from conftest import TinyDataset
 from PIL import Image
 
 from utils import labels
-from utils.config import DatasetSpec, UserError, load_dataset, read_hyp
+from utils.config import DatasetSpec, UserError, load_dataset
 from utils.labels import Sample, Scan, image_files, image_shape, label_path, parse_label_file, scan
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"
@@ -468,34 +468,3 @@ def test_the_128_photos_have_929_labels(datasets_dir: Path) -> None:
     assert (len(found.samples), found.found, found.missing, found.corrupt) == (128, 126, 2, 0)
     assert sum(len(sample.labels) for sample in found.samples) == 929
     assert spec.root == datasets_dir / "coco128"
-
-
-# ------------------------------------------------------------------------------------------------------- shipped YAMLs
-
-
-@pytest.mark.parametrize(("name", "count", "last"), [("coco128", 80, "toothbrush"), ("coco", 80, "toothbrush")])
-def test_shipped_datasets_name_their_classes(name: str, count: int, last: str) -> None:
-    spec = load_dataset(f"{name}.yaml")
-    assert spec.num_classes == count and spec.names[count - 1] == last and spec.names[0] == "person"
-
-
-def test_coco128_and_coco_have_the_same_classes() -> None:
-    assert load_dataset("coco128.yaml").names == load_dataset("coco.yaml").names
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("scratch-low", {"lr0": 0.01, "lrf": 0.01, "cls": 0.5, "obj": 1.0, "scale": 0.5, "mixup": 0.0}),
-        ("scratch-med", {"lrf": 0.1, "cls": 0.3, "obj": 0.7, "scale": 0.9, "mixup": 0.1, "copy_paste": 0.0}),
-        ("scratch-high", {"lrf": 0.1, "cls": 0.3, "scale": 0.9, "mixup": 0.1, "copy_paste": 0.1}),
-        ("no-augmentation", {"hsv_h": 0, "translate": 0, "scale": 0, "fliplr": 0.0, "mosaic": 0.0}),
-        ("VOC", {"lr0": 0.00334, "anchors": 3.412, "anchor_t": 3.3744, "mosaic": 0.85834}),
-        ("Objects365", {"lr0": 0.00258, "anchors": 3.2, "warmup_epochs": 1.33, "hsv_s": 0.704}),
-        ("shapes", {"nominal_batch": 16}),
-    ],
-)
-def test_shipped_hyper_parameters_are_yolov5s(name: str, expected: dict[str, float]) -> None:
-    hyp = read_hyp(f"hyp.{name}.yaml")
-    assert {key: hyp[key] for key in expected} == expected
-    assert len(hyp) == 28 + (name in ("VOC", "Objects365", "shapes"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from torchvision.ops import batched_nms, nms
 
 import utils.nms
 from utils.boxes import box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
-from utils.config import UserError
+from utils.config import ROOT, UserError
 from utils.nms import non_max_suppression
 
 
@@ -225,3 +228,13 @@ def test_cuda_gives_the_detections_of_the_cpu() -> None:
     cuda = non_max_suppression(prediction.cuda(), 0.05, 0.6, multi_label=True)
     for ours, other in zip(cpu, cuda, strict=True):
         torch.testing.assert_close(other.cpu(), ours)
+
+
+def test_the_operator_comes_without_torchvisions_python_package() -> None:
+    code = (
+        "import sys, torch; from utils.nms import non_max_suppression as nms;"
+        "rows = torch.tensor([[[50., 50, 20, 20, .9, 1], [51, 50, 20, 20, .8, 1]]]);"
+        "assert len(nms(rows)[0]) == 1; print('torchvision' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr

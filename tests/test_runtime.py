@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from utils.config import UserError
-from utils.runtime import Stopwatch, increment_path, init_seeds, run_script, select_device, user_cache_dir
+from utils.runtime import Stopwatch, increment_path, init_seeds, make_run_dir, run_script, select_device, user_cache_dir
 
 
 def test_run_folders_are_numbered(tmp_path: Path) -> None:
@@ -34,6 +35,13 @@ def test_a_numbered_file_keeps_its_suffix(tmp_path: Path) -> None:
 def test_a_run_folder_with_a_dot_in_its_name_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "v1.5").mkdir()
     assert increment_path(tmp_path / "v1.5") == tmp_path / "v1.52"
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    options = argparse.Namespace(project=str(tmp_path / "file"), name="exp", exist_ok=False)
+    with pytest.raises(UserError, match=r"file/exp: cannot be made \(Not a directory\)\. Choose another --project"):
+        make_run_dir(options)
 
 
 def raising(error: BaseException) -> Callable[[], NoReturn]:

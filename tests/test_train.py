@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import train
 from models.checkpoint import load_model, read, save
 from utils.config import UserError
 from utils.recorder import COLUMNS
-from utils.runtime import LOGGER, setup_logging
 
 # No warm-up and a batch per step, so that a handful of images trains; no mosaics, which only cost time here.
 HYP = {"lr0": 0.005, "warmup_epochs": 0.0, "nominal_batch": 4, "mosaic": 0.0}
@@ -56,18 +53,6 @@ def quick(folder: Path, dataset: TinyDataset, **changes: Any) -> argparse.Namesp
         device="cpu",
     )
     return train.run(**{**options, **changes})
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What is logged during the test."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    setup_logging()
-    LOGGER.addHandler(handler)
-    yield lines
-    LOGGER.removeHandler(handler)
 
 
 def rows_of(save_dir: Path) -> list[dict[str, float]]:
@@ -292,6 +277,9 @@ def test_two_processes_train_together(own_tiny_dataset: TinyDataset, tmp_path: P
         (["--epochs", "0"], "--epochs 0: expected 1 or more"),
         (["--batch", "0"], "--batch-size 0: expected 1 or more, or -1"),
         (["--cache", "moon"], "--cache moon: expected ram, disk or val"),
+        (["--img", "-5"], "--imgsz -5: expected 1 or more"),
+        (["--label-smoothing", "5"], "--label-smoothing 5: expected 0 or more, and less than 1"),
+        (["--workers", "-3"], "--workers -3: expected 0 or more"),
     ],
 )
 def test_what_is_not_offered_says_what_to_use_instead(arguments: list[str], message: str) -> None:

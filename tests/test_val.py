@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ import val
 from models.checkpoint import save
 from models.yolo import DetectionModel
 from utils.config import UserError
-from utils.runtime import LOGGER, setup_logging
 
 
 def micro_checkpoint(file: Path, names: tuple[str, ...], *, seed: int = 0) -> Path:
@@ -50,18 +47,6 @@ def micro_checkpoint(file: Path, names: tuple[str, ...], *, seed: int = 0) -> Pa
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: TinyDataset) -> Path:
     return micro_checkpoint(tmp_path_factory.mktemp("micro") / "micro.pt", tiny_dataset.names)
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What is logged during the test."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    setup_logging()
-    LOGGER.addHandler(handler)
-    yield lines
-    LOGGER.removeHandler(handler)
 
 
 def quick(checkpoint: Path, dataset: TinyDataset, folder: Path, **changes: Any) -> val.Summary:

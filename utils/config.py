@@ -374,6 +374,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def check_minimum(options: argparse.Namespace, **minimum: int) -> None:
+    """Refuse options below their smallest sensible value: `check_minimum(options, epochs=1)`."""
+    for name, least in minimum.items():
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more.")
+
+
 def options_from(parser: argparse.ArgumentParser, overrides: Mapping[str, Any]) -> argparse.Namespace:
     """The parser's defaults with `run(**overrides)` applied.
 

@@ -5,6 +5,7 @@ torch is imported inside the functions that need it, so that `--help` stays fast
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -28,6 +29,7 @@ __all__ = [
     "increment_path",
     "init_seeds",
     "local_rank",
+    "make_run_dir",
     "rank",
     "rank_zero_first",
     "relative",
@@ -126,6 +128,20 @@ def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
         if not candidate.exists():
             return candidate
     raise UserError(f"{path}: 9998 numbered neighbours exist already. Choose another --name.")
+
+
+def make_run_dir(options: argparse.Namespace, inside: str = "") -> Path:
+    """The run folder `project/name`, numbered unless `exist_ok`, made together with a folder inside it.
+
+    Raises:
+        UserError: a file is in the way, or the place may not be written to.
+    """
+    run_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
+    try:
+        (run_dir / inside).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{relative(run_dir)}: cannot be made ({error.strerror}). Choose another --project.") from None
+    return run_dir
 
 
 def user_cache_dir() -> Path:
