@@ -330,5 +330,5 @@ def plot_study(files: Sequence[str | Path], sizes: Sequence[int], file: str | Pa
     axes.set(xlabel="ms per image (pre-process, inference, NMS)", ylabel="mAP 0.5:0.95", xlim=(0, None))
     axes.set_title("Accuracy and speed by image size", color=INK, fontsize=12, loc="left")
     axes.grid(color="#e6eaee", linewidth=0.8)
-    axes.legend(loc="lower right", frameon=False, labelcolor=INK)
+    axes.legend(loc="best", frameon=False, labelcolor=INK)
     figure.savefig(file, dpi=200)
