@@ -289,7 +289,7 @@ def network_yaml(checkpoint: Checkpoint) -> dict[str, Any]:
             for key in (f"model.{index}.l1.weight", f"model.{index}.0.l1.weight"):
                 if key in checkpoint.tensors and checkpoint.tensors[key].ndim == 2:
                     hidden, channels = checkpoint.tensors[key].shape
-                    row[3] = [row[3][0], max(channels // max(hidden, 1), 1)]
+                    row[3] = [row[3][0], max(channels // max(hidden, 1), 1), *row[3][2:]]
     return yaml
 
 

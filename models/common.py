@@ -8,6 +8,9 @@ of the file format. `wiring` is what a class tells the builder about its row in 
 - `preserve`: like `conv`, but the declared c2 must equal what arrives (gates).
 
 A class without `wiring` gets its row's arguments as they stand. Most layers get theirs from `ScaledLayer`.
+
+`reads` names the parts that read the layer's input, where all of them are linear and nothing else reads it (`add` set
+means that something does). A constant by which the input is multiplied can then be divided out of those parts' weights.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class Conv(ScaledLayer):
 
     `act=True` is SiLU unless `set_activation` replaces it, a module is used as given, False is no activation.
     """
+
+    reads = ("conv",)
 
     def __init__(
         self, c1: int, c2: int, k: Pair = 1, s: Pair = 1, p: Pair | None = None, g: int = 1, d: int = 1, act: Act = True
@@ -95,6 +100,8 @@ class DWConvTranspose2d(nn.ConvTranspose2d):
 class Bottleneck(ScaledLayer):
     """1x1 to `e` times the channels, 3x3 back; adds its input where `shortcut` is asked and the channels agree."""
 
+    reads = ("cv1",)
+
     def __init__(self, c1: int, c2: int, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
         c_ = int(c2 * e)
@@ -109,6 +116,8 @@ class Bottleneck(ScaledLayer):
 
 class CrossConv(ScaledLayer):
     """A k x k convolution as 1 x k followed by k x 1."""
+
+    reads = ("cv1",)
 
     def __init__(
         self, c1: int, c2: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False
@@ -131,6 +140,7 @@ class C3(ScaledLayer):
     """
 
     wiring: tuple[str, ...] = ("conv", "repeat")
+    reads = ("cv1", "cv2")
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
@@ -183,6 +193,7 @@ class BottleneckCSP(ScaledLayer):
     """The cross-stage partial block of the first releases; its joint batch norm stays when the network is fused."""
 
     wiring = ("conv", "repeat")
+    reads = ("cv1", "cv2")
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
         super().__init__()
@@ -206,6 +217,8 @@ class SPP(ScaledLayer):
     Paper: https://arxiv.org/abs/1406.4729, section 2, as max pools of one size instead of bins.
     """
 
+    reads = ("cv1",)
+
     def __init__(self, c1: int, c2: int, k: Sequence[int] = (5, 9, 13)) -> None:
         super().__init__()
         c_ = c1 // 2
@@ -220,6 +233,8 @@ class SPP(ScaledLayer):
 
 class SPPF(ScaledLayer):
     """SPP with kernels k, 2k-1 and 3k-2, as one pool applied three times: the maxima of maxima are the same."""
+
+    reads = ("cv1",)
 
     def __init__(self, c1: int, c2: int, k: int = 5) -> None:
         super().__init__()
@@ -237,6 +252,8 @@ class SPPF(ScaledLayer):
 
 class Focus(ScaledLayer):
     """Each 2x2 square of pixels becomes four times the channels at half the size, then one convolution."""
+
+    reads = ("conv",)
 
     def __init__(
         self, c1: int, c2: int, k: Pair = 1, s: Pair = 1, p: Pair | None = None, g: int = 1, act: Act = True
@@ -256,6 +273,8 @@ class GhostConv(ScaledLayer):
     Paper: GhostNet, https://arxiv.org/abs/1911.11907, section 3.1 with s = 2 and d = 5.
     """
 
+    reads = ("cv1",)
+
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: Act = True) -> None:
         super().__init__()
         c_ = c2 // 2
@@ -269,6 +288,8 @@ class GhostConv(ScaledLayer):
 
 class GhostBottleneck(ScaledLayer):
     """Ghost module, depthwise convolution where the stride is 2, ghost module without activation, plus a shortcut."""
+
+    reads = ("conv", "shortcut")
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1) -> None:
         super().__init__()
@@ -318,33 +339,63 @@ class TransformerBlock(nn.Module):
         return self.tr(tokens + self.linear(tokens)).permute(1, 2, 0).reshape(b, self.c2, h, w)
 
 
-class SE(nn.Module):
-    """Squeeze-and-excitation: every channel times a gate in 0..1 computed from all channels' means.
+class Gate(nn.Module):
+    """Attention that multiplies a map (B, c, H, W) by `scale`, and by the constant `gain`; channels are kept.
 
-    Paper: https://arxiv.org/abs/1709.01507, equations 2 to 4, with reduction r and no biases. The mean is a reduction
-    rather than an adaptive pool: deterministic on CUDA, and it exports as one operator.
+    A gate of one's own is a subclass in models/attention.py with a `scale`, a `neutralise_` and its `neutral`. The
+    YAML then knows its name, `[-1, 1, Mine, [channels, ...]]`, with the arguments of `__init__` after c1 and c2.
+
+    `neutral` is the constant that `scale` has everywhere after `neutralise_`; None where no weights make it constant.
+    With `gain = 1 / neutral` a neutral gate is the identity; papers have a gain of 1.
 
     Raises:
-        ValueError: c1 != c2, or fewer than one channel left after the reduction.
+        ValueError: c1 != c2, or a reduction that leaves no channel.
     """
 
     wiring = ("preserve",)
+    neutral: float | None = 0.5
 
-    def __init__(self, c1: int, c2: int, r: int = 16) -> None:
+    def __init__(self, c1: int, c2: int, gain: float = 1.0, r: int = 1) -> None:
         super().__init__()
+        name = type(self).__name__
         if c1 != c2:
-            raise ValueError(f"SE keeps its channels: c1={c1} and c2={c2} must be equal")
+            raise ValueError(f"{name} keeps its channels: c1={c1} and c2={c2} must be equal")
         if r < 1 or c1 // r < 1:
-            raise ValueError(f"SE with {c1} channels and reduction {r} would squeeze to none: use 1 <= r <= {c1}")
+            raise ValueError(f"{name} with {c1} channels and reduction {r} would squeeze to none: use 1 <= r <= {c1}")
+        self.gain = float(gain)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What `x` (B, c, H, W) is multiplied by, before the gain: (B, c or 1, H or 1, W or 1)."""
+        raise NotImplementedError(f"{type(self).__name__} must define `scale`")
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x)
+        return x * (scale if self.gain == 1.0 else scale * self.gain)
+
+    def neutralise_(self) -> None:
+        """Set the weights, in place, that make `scale` the constant `neutral`, and from which training can leave it."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be made neutral")
+
+
+class SE(Gate):
+    """Squeeze-and-excitation: every channel times a gate in 0..1 computed from all channels' means.
+
+    Paper: Squeeze-and-Excitation Networks, 2018, https://arxiv.org/abs/1709.01507, equations 2 to 4, with reduction r
+    and no biases. The mean is a reduction rather than an adaptive pool: deterministic on CUDA, and it exports as one
+    operator.
+    """
+
+    def __init__(self, c1: int, c2: int, r: int = 16, gain: float = 1.0) -> None:
+        super().__init__(c1, c2, gain, r)
         self.l1 = nn.Linear(c1, c1 // r, bias=False)
         self.l2 = nn.Linear(c1 // r, c1, bias=False)
 
-    def gate(self, x: Tensor) -> Tensor:
-        """The factor of each channel, (B, C) in 0..1, for a map (B, C, H, W)."""
-        return torch.sigmoid(self.l2(F.relu(self.l1(x.mean((2, 3))))))
+    def scale(self, x: Tensor) -> Tensor:
+        """(B, c, 1, 1) in 0..1."""
+        return torch.sigmoid(self.l2(F.relu(self.l1(x.mean((2, 3))))))[:, :, None, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x)[:, :, None, None]
+    def neutralise_(self) -> None:
+        nn.init.zeros_(self.l2.weight)
 
 
 class Contract(nn.Module):
@@ -387,6 +438,8 @@ class MixConv2d(ScaledLayer):
     smallest kernel takes what rounding leaves). Paper: MixConv, https://arxiv.org/abs/1907.09595.
     """
 
+    reads = ("m",)
+
     def __init__(self, c1: int, c2: int, k: Sequence[int] = (1, 3), s: int = 1, equal_ch: bool = True) -> None:
         super().__init__()
         if equal_ch:
@@ -408,6 +461,8 @@ class MixConv2d(ScaledLayer):
 class Proto(nn.Module):
     """Mask prototypes (B, c2, 2H, 2W) of the segmentation head."""
 
+    reads = ("cv1",)
+
     def __init__(self, c1: int, c_: int = 256, c2: int = 32) -> None:
         super().__init__()
         self.cv1 = Conv(c1, c_, k=3)
@@ -421,6 +476,8 @@ class Proto(nn.Module):
 
 class Classify(nn.Module):
     """Classification head: logits (B, c2) of a map (B, c1, H, W), or of several maps joined by channels."""
+
+    reads = ("conv",)
 
     def __init__(
         self, c1: int, c2: int, k: int = 1, s: int = 1, p: int | None = None, g: int = 1, dropout_p: float = 0.0

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from models import common
+from models import attention, common
 from models.grammar import literal
 from utils.config import UserError, YamlFile, closest, display_path, find_file, read_yaml
 
@@ -89,8 +89,12 @@ class Graph:
 @cache
 def layer_classes() -> dict[str, type[nn.Module]]:
     """Every layer a row may name, except the heads: ours by class name, torch's as `nn.X`."""
-    ours = {name: c for name, c in vars(common).items() if _is_layer(c) and c.__module__ == common.__name__}
-    del ours["ScaledLayer"]  # a base class
+    ours = {
+        name: c
+        for file in (common, attention)
+        for name, c in vars(file).items()
+        if _is_layer(c) and c.__module__ == file.__name__ and c not in (common.ScaledLayer, common.Gate)
+    }
     return {**ours, **{f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c)}}
 
 
@@ -355,6 +359,9 @@ class _Reader:
                 f"{row.where}: a reduction of {reduction!r} leaves none of its {received} channels. "
                 f"Write a whole number from 1 to {received}."
             )
+        gain = self._options(row).get("gain", 1.0)
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
+            raise UserError(f"{row.where}: its gain must be a positive number, found {gain!r}.")
         return received
 
     def _options(self, row: Row) -> dict[str, Any]:

@@ -43,8 +43,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.archive",
         "models.checkpoint",
         "models.insert",
+        "models.absorb",
+        "models.alignment",
+        "models.copying",
         "models.transfer",
-        "models.inspect_gates",
         "models.backends",
     ),
     "judging": ("utils.nms", "utils.loss", "utils.metrics", "utils.autoanchor"),
@@ -56,6 +58,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.drawing",
         "utils.plots",
         "utils.report",
+        "models.inspect_gates",
         "models.predictor",
     ),
     "scripts": ("train", "val", "detect", "export", "ablate", "hubconf"),
@@ -73,7 +76,9 @@ MUTATORS = {"append", "add", "update", "setdefault", "pop", "popitem", "extend",
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 # name -> why it may be longer; an entry that is no longer needed fails its test
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "models/common.py": "the layers of the official networks in the one file where YOLOv5's users look for them",
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 
 

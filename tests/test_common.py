@@ -251,9 +251,9 @@ def test_se_gate_ignores_where_pixels_sit(seed: int, c: int, h: int, w: int) -> 
     layer, x = SE(c, c, 8), torch.randn(2, c, h, w, generator=generator)
     order = torch.randperm(h * w, generator=generator)
     moved = x.flatten(2)[..., order].view_as(x)
-    gate = layer.gate(x)
-    assert gate.shape == (2, c) and bool(((gate > 0) & (gate < 1)).all())
-    torch.testing.assert_close(layer.gate(moved), gate, atol=1e-5, rtol=1e-5)
+    gate = layer.scale(x)
+    assert gate.shape == (2, c, 1, 1) and bool(((gate > 0) & (gate < 1)).all())
+    torch.testing.assert_close(layer.scale(moved), gate, atol=1e-5, rtol=1e-5)
     assert layer(x).shape == x.shape
 
 

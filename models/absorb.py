@@ -1,0 +1,203 @@
+"""Let inserted gates start neutral, and take the constant a neutral gate multiplies by out of the layers behind it.
+
+SE with `l2 = 0` multiplies by exactly 0.5, everywhere. Halving commutes with concatenation, upsampling and pooling, so
+it can be followed to the convolutions that read the result, whose weights for those channels are then doubled. Scaling
+by powers of two does not round: the network's output stays what it was, bit for bit, until training moves the gate.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.common import Concat, Contract, Expand, Gate
+from models.graph import HEADS, layer_classes
+from models.yolo import DetectionModel
+
+GATE_STARTS = ("absorbed", "gain", "random")
+# What these do to a map times a constant is the constant times what they do to the map.
+COMMUTING = (nn.Identity, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d)
+Edits = list[tuple[nn.Module, Tensor]]
+
+
+@torch.no_grad()
+def start_gate_(model: DetectionModel, index: int, start: str) -> str:
+    """Set how the gate in row `index` of a network begins, in place; returns what was done, in words.
+
+    Args:
+        model: a network whose other weights are in place.
+        index: a row that holds a gate.
+        start: 'absorbed' makes it neutral and divides its constant out of the layers that read it; 'gain' makes it
+            neutral and multiplies by the constant's inverse in the gate itself; 'random' leaves the gate as built.
+
+    Returns:
+        A sentence that begins with 'neutral' where the network now computes what it would without the gate, and with
+        'not neutral' where that cannot be had, with the reason; the gate is then as it was built.
+    """
+    gates = gates_in(model.model[index])
+    without = next((gate for gate in gates if gate.neutral is None), None)
+    if start == "random":
+        return "starts as built, not neutral"
+    if without is not None:
+        return f"not neutral: no weights make {type(without).__name__} a constant"
+    if start == "gain":
+        if "gain" not in _arguments(model, index):
+            return f"not neutral: {type(gates[0]).__name__} takes no gain in its YAML row; use --gate absorbed"
+        gain = 1 / _neutral(gates[0])
+        for gate in gates:
+            gate.neutralise_()
+            gate.gain = gain
+        _write_gain_(model, index, gain)
+        return f"neutral by its gain of {gain:g}"
+    constant = math.prod(_neutral(gate) * gate.gain for gate in gates)
+    edits, obstacle = absorbing(model, index, constant)
+    if obstacle:
+        return f"not neutral: {obstacle} cannot absorb the constant {constant:g}; use --gate gain"
+    for gate in gates:
+        gate.neutralise_()
+    if constant == 1:
+        return "neutral by itself"
+    for layer, scale in edits:
+        _divide_(layer, scale)
+    edited = {id(layer) for layer, _ in edits}
+    rows = [row for row in model.graph.rows if any(id(part) in edited for part in model.model[row.index].modules())]
+    return f"neutral: its constant {constant:g} is absorbed by {', '.join(f'{row.index} {row.module}' for row in rows)}"
+
+
+def gates_in(layer: nn.Module) -> list[Gate]:
+    """The gates one row consists of: several where its number is above 1."""
+    return [part for part in layer.modules() if isinstance(part, Gate)]
+
+
+def _neutral(gate: Gate) -> float:
+    assert gate.neutral is not None
+    return gate.neutral
+
+
+# ---------------------------------------------------------------------------------------------------------- absorption
+
+
+def absorbing(model: DetectionModel, index: int, constant: float) -> tuple[Edits, str]:
+    """The layers that must be divided, and by what per input channel, when row `index` gives `constant` times its map.
+
+    Returns:
+        Pairs of a convolution and (c,) factors, and ''; or no pairs and the row that stands in the way, with why.
+    """
+    rows = model.graph.rows
+    scales: dict[int, Tensor] = {index: torch.full((rows[index].channels,), constant)}
+    edits: Edits = []
+    for row in rows[index + 1 :]:
+        if not any(source in scales for source in row.sources):
+            continue
+        layer = model.model[row.index]
+        parts = [scales.get(source, torch.ones(c)) for source, c in zip(row.sources, row.inputs)]
+        readers = _head_readers(layer, parts) if row.module in HEADS else _readers(layer, parts[0])
+        passed = _passed(layer, parts)
+        if passed is not None:
+            scales[row.index] = passed
+        elif readers is not None:
+            edits += [(reader, scale) for reader, scale in readers if bool((scale != 1).any())]
+        else:
+            return [], f"{row.index} {row.module} ({_obstacle(layer)})"
+    return edits, ""
+
+
+def _passed(layer: nn.Module, parts: list[Tensor]) -> Tensor | None:
+    """The factors (c,) of a layer's output channels, where the layer lets constants through."""
+    if isinstance(layer, nn.Sequential):
+        for part in layer:
+            passed = _passed(part, parts)
+            if passed is None:
+                return None
+            parts = [passed]
+        return parts[0]
+    if isinstance(layer, Concat):
+        if layer.d == 1:
+            return torch.cat(parts)
+        return parts[0] if all(torch.equal(part, parts[0]) for part in parts) else None
+    if isinstance(layer, (Contract, Expand)):
+        uniform = bool((parts[0] == parts[0][0]).all())
+        factor = layer.gain**2
+        count = len(parts[0]) // factor if isinstance(layer, Expand) else len(parts[0]) * factor
+        return parts[0][:1].repeat(count) if uniform else None
+    return parts[0] if isinstance(layer, COMMUTING) else None
+
+
+def _readers(layer: nn.Module, scale: Tensor) -> Edits | None:
+    """The convolutions that read a layer's input, with their factors; None where the input also goes elsewhere."""
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        return [(layer, scale.repeat(layer.in_channels // len(scale)))]  # Focus reads every channel four times
+    if isinstance(layer, nn.Sequential):
+        return _readers(layer[0], scale) if len(layer) else None
+    if not isinstance(layer, nn.ModuleList):
+        parts = [getattr(layer, name) for name in getattr(layer, "reads", ())]
+    else:
+        parts = list(layer)
+    if getattr(layer, "add", False) or not parts:
+        return None
+    found: Edits = []
+    for part in parts:
+        readers = _readers(part, scale)
+        if readers is None:
+            return None
+        found += readers
+    return found
+
+
+def _head_readers(head: Any, parts: list[Tensor]) -> Edits:
+    """Each level has a convolution of its own; mask prototypes come from the first level."""
+    readers: Edits = list(zip(head.m, parts))
+    return readers + (_readers(head.proto, parts[0]) or [] if hasattr(head, "proto") else [])
+
+
+def _obstacle(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Sequential) and len(layer):
+        layer = layer[0]
+    if isinstance(layer, Gate):
+        return "what a gate does depends on the size of its input"
+    if getattr(layer, "add", False) or (getattr(layer, "reads", ()) and _readers(layer, torch.ones(1)) is None):
+        return "it adds its input to what it makes of it"
+    return "its first operation on the input is not a convolution"
+
+
+def _divide_(layer: Any, scale: Tensor) -> None:
+    """Let a convolution give what it gave before its input channels were multiplied by `scale` (c,), in place."""
+    scale, weight = scale.to(layer.weight), layer.weight
+    if isinstance(layer, nn.ConvTranspose2d):  # (in, out / groups, h, w)
+        weight.div_(scale.view(-1, 1, 1, 1))
+    else:  # (out, in / groups, h, w): each group of outputs reads its own slice of the inputs
+        grouped = weight.unflatten(0, (layer.groups, -1)) / scale.view(layer.groups, 1, -1, 1, 1)
+        weight.copy_(grouped.flatten(0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- gain
+
+
+def _arguments(model: DetectionModel, index: int) -> dict[str, Any]:
+    """The arguments a row's YAML may give after the channels, with their defaults."""
+    parameters = list(inspect.signature(layer_classes()[model.graph.rows[index].module]).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _write_gain_(model: DetectionModel, index: int, gain: float) -> None:
+    """Put a gain into the network's YAML and graph, so that what is built from them has it, too."""
+    arguments = _arguments(model, index)
+    position = list(arguments).index("gain") + 1
+
+    def with_gain(args: list[Any]) -> list[Any]:
+        filled = [*args, *list(arguments.values())[len(args) - 1 :]]
+        return [*filled[:position], gain, *filled[position + 1 :]]
+
+    yaml = copy.deepcopy(model.yaml)
+    raws = [raw for section in ("backbone", "head") for raw in yaml.get(section) or []]
+    raws[index][3] = with_gain(raws[index][3])
+    rows = list(model.graph.rows)
+    rows[index] = replace(rows[index], args=with_gain(rows[index].args))
+    model.graph = replace(model.graph, yaml=yaml, rows=tuple(rows))
+    model.yaml = copy.deepcopy(yaml)
