@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from models.checkpoint import Checkpoint
+    from models.transfer import Report
     from utils.dataloaders import Batch
     from utils.engine import EvalResult, OnTrainBatch, Trainer
     from utils.optim import EarlyStopping
@@ -64,7 +65,7 @@ NOT_OFFERED: tuple[tuple[str, dict[str, Any], str], ...] = (
 
 
 def build_parser() -> ArgumentParser:
-    """YOLOv5's flags of train.py, and `--transfer`."""
+    """YOLOv5's flags of train.py, and those of inserting gates and keeping weights."""
     parser = ArgumentParser(prog="train.py", description="Train a detection network.")
     add = parser.add_argument
     add("--weights", default="yolov5s.pt", help="start checkpoint; '' trains from nothing and needs --cfg")
@@ -74,7 +75,10 @@ def build_parser() -> ArgumentParser:
     add("--epochs", type=int, default=100, help="total epochs")
     add("--batch-size", type=int, default=16, help="images per batch over all devices; -1 fills the GPU")
     add("--imgsz", "--img", "--img-size", type=int, default=640, help="train and val image size in pixels")
+    add("--insert", nargs="+", default=[], help="put gates into --cfg: SE@after:SPPF, SE:16@before:C3:2, ECA@at:10")
     add("--transfer", default="aligned", choices=("aligned", "index", "none"), help="how --weights are copied")
+    add("--gate", choices=("absorbed", "gain", "random"), help="how gates that --weights do not have start")
+    add("--min-transfer", type=float, default=0.0, help="fail where fewer %% of the parameters come from --weights")
     add("--rect", action="store_true", help="rectangular batches, sorted by aspect ratio")
     add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or the given last.pt")
     add("--nosave", action="store_true", help="write a checkpoint after the last epoch only")
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> argparse.Namespace:
-    _check(options)
+    check(options)
     from utils.training import process_group  # only now: mistakes above are answered at once
 
     resumed = None
@@ -135,7 +139,7 @@ def _run(options: argparse.Namespace) -> argparse.Namespace:
         return Training(options, device, resumed).run()
 
 
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
     defaults = build_parser().parse_args([])
     for flag, _, answer in NOT_OFFERED:
         name = flag.lstrip("-").replace("-", "_")
@@ -143,6 +147,10 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{flag} is not offered. {answer}")
     if not (options.weights or options.cfg or options.resume):
         raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
+    if options.insert and not options.cfg:
+        raise UserError("--insert needs the YAML to insert into: add --cfg yolov5s.yaml.")
+    if (options.gate or options.min_transfer) and (not options.weights or options.transfer == "none"):
+        raise UserError("--gate and --min-transfer are about what comes from --weights, but nothing is copied here.")
     check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0)
     if options.batch_size < 1 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
@@ -201,6 +209,7 @@ class Training:
         with rank_zero_first():
             spec = prepare(options.data, task="train")
         self.names = {0: "item"} if options.single_cls and spec.num_classes != 1 else dict(spec.names)
+        self.report: Report | None = None
         self.model = self._build_model()
         frozen = freeze_(self.model.model, options.freeze)
         stride = max(int(self.model.stride.max()), 32)
@@ -220,31 +229,26 @@ class Training:
         """The network with the wanted weights, on the device."""
         import torch
 
-        from models.checkpoint import network_yaml, read
-        from models.transfer import transfer
+        from models.transfer import start_network
         from models.yolo import build_model
         from utils.downloads import find_weights
 
         options, nc = self.options, len(self.names)
-        settings: dict[str, Any] = {"nc": nc, "anchors": self.hyp.get("anchors") or None, "verbose": self.main}
+        settings: dict[str, Any] = {"anchors": self.hyp.get("anchors") or None, "verbose": self.main}
+        cfg = options.cfg
         if self.resumed is not None:
             model = build_model(self.resumed.yaml, nc=nc)
             model.load_state_dict(self.resumed.training["model"])
         elif not options.weights:
-            model = build_model(options.cfg, **settings)
+            model = build_model(cfg, nc=nc, **settings)
             LOGGER.info(f"Training {options.cfg} from nothing (--weights '').")
         else:
             with rank_zero_first():
                 weights = find_weights(options.weights)
-            checkpoint = read(weights, training=False)
-            if not options.cfg:
-                LOGGER.info(f"No --cfg: training the network stored in {relative(weights)}; no YAML file is read.")
-            model = build_model(options.cfg or network_yaml(checkpoint), **settings)
-            if options.transfer != "none":
-                report = transfer(model, checkpoint, names=self.names, mode=options.transfer)
-                for warning in report.warnings:
-                    LOGGER.warning(warning)
-                LOGGER.info(report.summary())
+            start = {"mode": options.transfer, "gate": options.gate, "min_transfer": options.min_transfer}
+            model, self.report = start_network(cfg, weights, self.names, **start, **settings)
+            if self.report is not None:
+                LOGGER.info(self.report.summary())
         if hasattr(model.head, "nm"):
             raise UserError("this network predicts masks, and train.py trains boxes only. Give --cfg a detection YAML.")
         model.names = self.names

@@ -87,9 +87,11 @@ class CoordAtt(Gate):
 
     neutral = 0.25
 
-    def __init__(self, c1: int, c2: int, r: int = 32, gain: float = 1.0) -> None:
-        super().__init__(c1, c2, gain, r)
-        hidden = max(8, c1 // r)
+    def __init__(self, c1: int, c2: int, reduction: int = 32, gain: float = 1.0) -> None:
+        super().__init__(c1, c2, gain)
+        if reduction < 1:
+            raise ValueError(f"CoordAtt with reduction {reduction}: use a whole number from 1")
+        hidden = max(8, c1 // reduction)
         self.conv = Conv(c1, hidden, act=nn.Hardswish())
         self.rows = nn.Conv2d(hidden, c1, 1)
         self.columns = nn.Conv2d(hidden, c1, 1)
@@ -113,6 +115,7 @@ class SCSE(Gate):
     """
 
     neutral = 1.0
+    top = 2.0
 
     def __init__(self, c1: int, c2: int, r: int = 2, gain: float = 1.0) -> None:
         super().__init__(c1, c2, gain, r)
@@ -166,6 +169,7 @@ class GlobalContext(Gate):
     """
 
     neutral = 1.0
+    top = None
 
     def __init__(self, c1: int, c2: int, r: int = 16, gain: float = 1.0) -> None:
         super().__init__(c1, c2, gain, r)

@@ -354,6 +354,7 @@ class Gate(nn.Module):
 
     wiring = ("preserve",)
     neutral: float | None = 0.5
+    top: float | None = 1.0  # what `scale` cannot exceed; None where it is not bounded
 
     def __init__(self, c1: int, c2: int, gain: float = 1.0, r: int = 1) -> None:
         super().__init__()
@@ -366,7 +367,7 @@ class Gate(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """What `x` (B, c, H, W) is multiplied by, before the gain: (B, c or 1, H or 1, W or 1)."""
-        raise NotImplementedError(f"{type(self).__name__} must define `scale`")
+        raise TypeError(f"{type(self).__name__} must define `scale`")
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale(x)
@@ -374,7 +375,7 @@ class Gate(nn.Module):
 
     def neutralise_(self) -> None:
         """Set the weights, in place, that make `scale` the constant `neutral`, and from which training can leave it."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be made neutral")
+        raise TypeError(f"{type(self).__name__} cannot be made neutral")
 
 
 class SE(Gate):

@@ -394,7 +394,7 @@ def options_from(parser: argparse.ArgumentParser, overrides: Mapping[str, Any]) 
         if not hasattr(options, key):
             raise UserError(f"unknown option '{key}'.{closest(key, vars(options))}")
         choices = actions[key].choices
-        if choices is not None and value not in choices:
+        if choices is not None and value not in choices and value != actions[key].default:
             raise UserError(f"{key}={value!r}: expected one of {', '.join(map(str, choices))}.")
         setattr(options, key, value)
     return options

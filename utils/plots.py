@@ -38,6 +38,7 @@ __all__ = [
     "plot_batch",
     "plot_confusion",
     "plot_curves",
+    "plot_gates",
     "plot_labels",
     "plot_results",
     "plot_study",
@@ -308,6 +309,33 @@ def _smooth(y: np.ndarray, sigma: float = 3.0) -> np.ndarray:
     middle = slice(radius, radius + len(y))
     weight = np.convolve(there, kernel)[middle]
     return np.convolve(np.where(there > 0, y, 0), kernel)[middle] / np.where(weight > 0, weight, np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+
+def plot_gates(panels: Sequence[tuple[str, np.ndarray, float | None]], file: str | Path) -> None:
+    """Draw what gates multiply by: per gate its title, values (images, channels) and neutral constant, if it has one.
+
+    Channels stand in the order of their means; the band is from the lowest to the highest image.
+    """
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure, axes_list = _figure((7 * columns, 3.6 * rows + 0.4), rows, columns)
+    for axes, (title, values, neutral) in zip(axes_list, panels):
+        order = values.mean(0).argsort()
+        x, ranked = np.arange(len(order)), values[:, order]
+        axes.fill_between(x, ranked.min(0), ranked.max(0), color=BLUE, alpha=0.25, linewidth=0, label="all images")
+        axes.plot(x, ranked.mean(0), color=BLUE, linewidth=1.8, label="mean")
+        if neutral is not None:
+            axes.axhline(neutral, color=RED, linestyle="--", linewidth=1.2, label=f"neutral ({neutral:g})")
+        axes.set_title(_plain(title), color=INK, fontsize=11, loc="left")
+        axes.set(xlabel="channels, by their mean", ylabel="gate", xlim=(0, max(len(order) - 1, 1)))
+        axes.grid(color="#e6eaee", linewidth=0.8)
+        axes.legend(loc="upper left", frameon=False, labelcolor=INK, fontsize=9)
+    for axes in axes_list[len(panels) :]:
+        axes.set_axis_off()
+    figure.savefig(file, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

@@ -63,7 +63,7 @@ def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Modul
     Raises:
         UserError: a number no layer has, or nothing left to train.
     """
-    numbers = list(range(wanted[0])) if len(wanted) == 1 else list(wanted)
+    numbers = list(range(wanted[0])) if len(wanted) == 1 else sorted(set(wanted))
     wrong = [i for i in numbers if not 0 <= i < len(layers)]
     if wrong:
         raise UserError(f"--freeze: there is no layer {wrong[0]}; the network has layers 0 to {len(layers) - 1}.")

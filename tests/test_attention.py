@@ -1,0 +1,487 @@
+"""Every gate of the layer table, one's own included, keeps what `Gate` promises; each computes its paper's formula."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models import attention
+from models.attention import CBAM, ECA, EMA, GAM, SCSE, CoordAtt, GlobalContext, SimAM
+from models.common import Gate
+from models.graph import layer_classes
+from models.yolo import DetectionModel
+from utils.config import UserError
+
+GATES = {name: kind for name, kind in layer_classes().items() if issubclass(kind, Gate)}
+NEUTRAL = [name for name, kind in GATES.items() if kind.neutral is not None]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+CHANNELS = 64
+
+
+def make(name: str, **options: Any) -> Gate:
+    torch.manual_seed(0)
+    return GATES[name](CHANNELS, CHANNELS, **options)
+
+
+def stir(gate: nn.Module) -> Any:
+    """Weights and statistics as after some training: none is at a special value."""
+    for parameter in gate.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    for layer in gate.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    return gate.eval()
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- what every gate promises -----------------------------------------------------------------------------------------
+
+
+def test_the_layer_table_holds_every_gate_but_not_their_base() -> None:
+    assert {"SE", "ECA", "CBAM", "CoordAtt", "SCSE", "SimAM", "GlobalContext", "EMA", "GAM"} <= set(GATES)
+    assert "Gate" not in GATES
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_cites_its_paper_and_takes_its_gain_last(name: str) -> None:
+    assert re.search(r"Paper: [^,]+.*?, (19|20)\d\d,\s+https://(arxiv|doi|proceedings)\S+", GATES[name].__doc__, re.S)
+    parameters = list(inspect.signature(GATES[name]).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["c1", "c2"] and parameters[-1].name == "gain"
+    assert parameters[-1].default == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape_hw", [(8, 8), (5, 7), (1, 9), (9, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_keeps_shape_and_type(name: str, shape_hw: tuple[int, int], dtype: torch.dtype) -> None:
+    gate, x = stir(make(name)), noise(1, CHANNELS, *shape_hw).to(dtype)
+    with torch.no_grad():
+        expected, y = gate(x.float()), gate.to(dtype)(x)
+        scale = gate.scale(x)
+    assert y.shape == x.shape and y.dtype == scale.dtype == dtype
+    assert torch.broadcast_shapes(scale.shape, x.shape) == x.shape
+    tolerance = {torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(y.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_training_takes_any_map_but_a_single_value_where_the_docstring_says_so(name: str) -> None:
+    gate = make(name).train()
+    for shape in ((1, CHANNELS, 5, 7), (1, CHANNELS, 1, 9), (2, CHANNELS, 1, 1)):
+        x = noise(*shape).requires_grad_()
+        y = gate(x)
+        y.square().sum().backward()
+        assert y.shape == shape and bool(x.grad.isfinite().all())
+    try:
+        assert bool(gate(noise(1, CHANNELS, 1, 1)).isfinite().all())
+    except ValueError as error:
+        assert "more than 1 value per channel" in str(error)
+        assert "more than one 1x1 map" in GATES[name].__doc__
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.tuples(st.integers(2, 3), st.integers(1, 6), st.integers(1, 6)),
+    magnitude=st.sampled_from([0.0, 1e-4, 1.0, 100.0]),
+    shift=st.sampled_from([0.0, -3.0, 50.0]),
+)
+@settings(max_examples=8, deadline=None)
+def test_a_neutral_gate_is_exactly_its_constant(
+    name: str, seed: int, shape: tuple[int, int, int], magnitude: float, shift: float
+) -> None:
+    b, h, w = shape
+    x = noise(b, CHANNELS, h, w, seed=seed) * magnitude + shift
+    neutral = GATES[name].neutral
+    for gain in (1.0, 1 / neutral):
+        gate = stir(make(name, gain=gain))
+        gate.neutralise_()
+        for dtype in DTYPES:
+            y = x.to(dtype)
+            for training in (False, True):
+                cast = copy.deepcopy(gate).to(dtype).train(training)
+                assert torch.equal(cast.scale(y).expand_as(y), torch.full_like(y, neutral))
+                assert torch.equal(cast(y), y * (neutral * gain))
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_two_steps_from_neutral_reach_every_weight(name: str) -> None:
+    gate, x, wanted = make(name), noise(4, CHANNELS, 6, 5), noise(4, CHANNELS, 6, 5, seed=2)
+    gate.neutralise_()
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
+    reached = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        (gate(x) * wanted).sum().backward()
+        reached |= {key for key, p in gate.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        optimizer.step()
+    assert reached == {key for key, _ in gate.named_parameters()}
+    assert not torch.equal(gate(x), x * gate.neutral)
+
+
+@pytest.mark.parametrize("name", sorted(set(GATES) - set(NEUTRAL)))
+def test_a_gate_that_cannot_be_neutral_says_so(name: str) -> None:
+    assert "cannot be neutral" in GATES[name].__doc__
+    with pytest.raises(Exception, match=f"{name} cannot be made neutral"):
+        make(name).neutralise_()
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_gate_is_neutral_and_keeps_the_maps_type_in_mixed_precision(name: str) -> None:
+    gate, x = stir(make(name)), noise(2, CHANNELS, 5, 7).bfloat16()
+    gate.neutralise_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate.scale(x).expand_as(x).float(), torch.full(x.shape, gate.neutral))
+        assert gate(x).dtype == torch.bfloat16 and torch.equal(gate(x), x * gate.neutral)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in GATES.items() if kind.top is not None])
+@given(seed=st.integers(0, 1000), magnitude=st.sampled_from([0.0, 1.0, 1e4]))
+@settings(max_examples=5, deadline=None)
+def test_a_scale_stays_between_zero_and_its_top(name: str, seed: int, magnitude: float) -> None:
+    gate = stir(make(name))
+    scale = gate.scale(noise(2, CHANNELS, 5, 7, seed=seed) * magnitude)
+    assert bool((scale >= 0).all()) and bool((scale <= gate.top).all())
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gain_multiplies(name: str) -> None:
+    gate, x = stir(make(name)), noise(2, CHANNELS, 5, 7)
+    doubled = copy.deepcopy(gate)
+    doubled.gain = 2.0
+    torch.testing.assert_close(doubled(x), gate(x) * 2)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_refuses_other_channels(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} keeps its channels"):
+        GATES[name](CHANNELS, 2 * CHANNELS)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_memory_layout_changes_no_number(name: str) -> None:
+    gate, x = stir(make(name)), noise(2, CHANNELS, 5, 7)
+    y = gate(x)
+    last = gate.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_can_be_scripted_and_exported(name: str) -> None:
+    gate, x = stir(make(name)), noise(2, CHANNELS, 5, 7)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit's deprecation
+        expected = gate(x)
+        torch.testing.assert_close(torch.jit.script(gate)(x), expected, atol=1e-6, rtol=1e-5)
+        sides = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+        program = torch.export.export(gate, (x,), dynamic_shapes=(sides,)).module()
+        torch.testing.assert_close(program(x), expected, atol=1e-6, rtol=1e-5)
+        other = noise(2, CHANNELS, 9, 4)
+        torch.testing.assert_close(program(other), gate(other), atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Operators without a deterministic version raise."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GATES)
+def test_the_same_input_gives_the_same_bits(name: str, device: str, deterministic: None) -> None:
+    gate, x = make(name).to(device), noise(2, CHANNELS, 9, 7).to(device)
+
+    def run() -> list[Tensor]:
+        image = x.clone().requires_grad_()
+        y = gate(image)
+        return [y, *torch.autograd.grad(y.square().sum(), [image, *gate.parameters()], allow_unused=True)]
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
+
+
+# --- in a network -----------------------------------------------------------------------------------------------------
+
+
+def network(*rows: list[Any]) -> DetectionModel:
+    """Two convolutions, the rows, Detect; 256 channels times the width are 64."""
+    torch.manual_seed(0)
+    backbone = [[-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [256, 3, 2]], *rows]
+    head = [[[-1], 1, "Detect", ["nc", "anchors"]]]
+    sizes = {"nc": 2, "depth_multiple": 0.33, "width_multiple": 0.25, "anchors": [[10, 13, 16, 30]]}
+    return DetectionModel({**sizes, "backbone": backbone, "head": head})
+
+
+def assert_neutral_in_a_network(row: list[Any]) -> None:
+    """With the same other weights, the network detects to the bit what it does without the row."""
+    plain, gated = network(), network(row)
+    gated.model[2].neutralise_()
+    for own, layer in zip([gated.model[0], gated.model[1], gated.model[3]], plain.model):
+        own.load_state_dict(layer.state_dict())
+    images = noise(1, 3, 64, 96)
+    assert torch.equal(gated.eval()(images)[0], plain.eval()(images)[0])
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_yaml_row_builds_a_gate_that_trains(name: str) -> None:
+    model = network([-1, 1, name, [256]])
+    gate = model.model[2]
+    assert type(gate) is GATES[name]
+    before = copy.deepcopy(list(gate.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sum(level.square().mean() for level in model(noise(2, 3, 64, 64))).backward()
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) and not torch.equal(p, b) for p, b in zip(gate.parameters(), before))
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_neutral_gate_with_its_gain_leaves_detections_as_they_were(name: str) -> None:
+    options = [p.default for p in list(inspect.signature(GATES[name]).parameters.values())[2:-1]]
+    assert_neutral_in_a_network([-1, 1, name, [256, *options, 1 / GATES[name].neutral]])
+
+
+OWN_GATE = '''
+class Spot(Gate):
+    """A gate per position, from a convolution of the channels' mean."""
+
+    def __init__(self, c1: int, c2: int, k: int = 3, gain: float = 1.0) -> None:
+        super().__init__(c1, c2, gain)
+        self.conv = nn.Conv2d(1, 1, k, padding=k // 2)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """(B, 1, H, W) in 0..1."""
+        return torch.sigmoid(self.conv(x.mean(1, keepdim=True)))
+
+    def neutralise_(self) -> None:
+        zero_(self.conv)
+'''
+
+
+@pytest.fixture
+def own_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Gate]]:
+    """`OWN_GATE` as if it stood in models/attention.py."""
+    written = dict(vars(attention))
+    exec(OWN_GATE, written)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "Spot", written["Spot"], raising=False)
+        layer_classes.cache_clear()
+        yield written["Spot"]
+    layer_classes.cache_clear()
+
+
+def test_a_gate_of_ones_own_is_fifteen_lines_and_a_row(own_gate: type[Gate]) -> None:
+    assert len(OWN_GATE.strip().splitlines()) <= 15
+    gate = network([-1, 1, "Spot", [256, 5, 2.0]]).model[2]
+    assert type(gate) is own_gate and gate.conv.kernel_size == (5, 5) and gate.gain == 2.0
+    assert_neutral_in_a_network([-1, 1, "Spot", [256, 5, 2.0]])
+    with pytest.raises(
+        UserError, match=r"layer 2 Spot declares 128 channels .* but receives 64. Write \[256, 5, 2.0\]"
+    ):
+        network([-1, 1, "Spot", [512, 5, 2.0]])
+
+
+# --- the formulas, by hand --------------------------------------------------------------------------------------------
+
+Array = np.ndarray
+
+
+def sigmoid(v: Array) -> Array:
+    return 1 / (1 + np.exp(-v))
+
+
+def softmax(v: Array) -> Array:
+    return np.exp(v) / np.exp(v).sum()
+
+
+def numbers(tensor: Tensor) -> Array:
+    return tensor.detach().double().numpy()
+
+
+def convolved(layer: nn.Conv2d, x: Array) -> Array:
+    """Output (o, h, w) of a same-padded convolution of (c, h, w), one position at a time."""
+    weight, k = numbers(layer.weight), layer.kernel_size[0]
+    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    out = np.zeros((len(weight), *x.shape[1:]))
+    for i, j in np.ndindex(*x.shape[1:]):
+        out[:, i, j] = (weight * padded[None, :, i : i + k, j : j + k]).sum((1, 2, 3))
+    return out if layer.bias is None else out + numbers(layer.bias)[:, None, None]
+
+
+def batch_normed(bn: nn.BatchNorm2d, x: Array) -> Array:
+    mean, var, weight, bias = (numbers(t)[:, None, None] for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return (x - mean) / np.sqrt(var + bn.eps) * weight + bias
+
+
+def eca_by_hand(gate: ECA, x: Array) -> Array:
+    kernel = numbers(gate.conv.weight)[0, 0]
+    means, out = x.mean((1, 2)), x.copy()
+    for i in range(len(x)):
+        neighbours = [i + offset - len(kernel) // 2 for offset in range(len(kernel))]
+        out[i] *= sigmoid(sum(k * means[j] for k, j in zip(kernel, neighbours) if 0 <= j < len(x)))
+    return out
+
+
+def cbam_by_hand(gate: CBAM, x: Array) -> Array:
+    w0, w1 = numbers(gate.l1.weight), numbers(gate.l2.weight)
+    branches = [w1 @ np.maximum(w0 @ pooled, 0) for pooled in (x.mean((1, 2)), x.max((1, 2)))]
+    y = x * sigmoid(branches[0] + branches[1])[:, None, None]
+    return y * sigmoid(convolved(gate.conv, np.stack((y.mean(0), y.max(0)))))
+
+
+def coordatt_by_hand(gate: CoordAtt, x: Array) -> Array:
+    """Row and column descriptors one by one."""
+
+    def strip(pooled: Array, last: nn.Conv2d) -> Array:
+        y = batch_normed(gate.conv.bn, convolved(gate.conv.conv, pooled[:, :, None]))
+        return sigmoid(convolved(last, y * np.clip(y + 3, 0, 6) / 6))[:, :, 0]
+
+    rows, columns = strip(x.mean(2), gate.rows), strip(x.mean(1), gate.columns)
+    out = np.empty_like(x)
+    for c, i, j in np.ndindex(*x.shape):
+        out[c, i, j] = x[c, i, j] * rows[c, i] * columns[c, j]
+    return out
+
+
+def scse_by_hand(gate: SCSE, x: Array) -> Array:
+    channel = sigmoid(numbers(gate.l2.weight) @ np.maximum(numbers(gate.l1.weight) @ x.mean((1, 2)), 0))
+    by_channel = np.stack([g * plane for g, plane in zip(channel, x)])
+    weight = numbers(gate.conv.weight)[0, :, 0, 0]
+    by_position = np.empty_like(x)
+    for i, j in np.ndindex(*x.shape[1:]):
+        by_position[:, i, j] = x[:, i, j] * sigmoid(weight @ x[:, i, j])
+    return by_channel + by_position
+
+
+def simam_by_hand(gate: SimAM, x: Array) -> Array:
+    """Equation 5 as it stands, the energy of which the gate is the inverse's sigmoid."""
+    out = np.empty_like(x)
+    for c, i, j in np.ndindex(*x.shape):
+        t, mean, variance = x[c, i, j], x[c].mean(), x[c].var(ddof=1)
+        energy = 4 * (variance + gate.e_lambda) / ((t - mean) ** 2 + 2 * variance + 2 * gate.e_lambda)
+        out[c, i, j] = t * sigmoid(1 / energy)
+    return out
+
+
+def globalcontext_by_hand(gate: GlobalContext, x: Array) -> Array:
+    positions = [x[:, i, j] for i, j in np.ndindex(*x.shape[1:])]
+    key = numbers(gate.key.weight)[0, :, 0, 0]
+    shares = softmax(np.array([key @ position for position in positions]))
+    hidden = numbers(gate.l1.weight) @ sum(share * position for share, position in zip(shares, positions))
+    hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + gate.norm.eps)
+    hidden = np.maximum(hidden * numbers(gate.norm.weight) + numbers(gate.norm.bias), 0)
+    return x + (numbers(gate.l2.weight) @ hidden)[:, None, None]
+
+
+def ema_by_hand(gate: EMA, x: Array) -> Array:
+    parts = []
+    for part in np.split(x, gate.groups):
+        rows = sigmoid(convolved(gate.conv1, part.mean(2)[:, :, None]))
+        columns = sigmoid(convolved(gate.conv1, part.mean(1)[:, None, :]))
+        y = part * rows * columns
+        y = (y - y.mean((1, 2), keepdims=True)) / np.sqrt(y.var((1, 2), keepdims=True) + gate.norm.eps)
+        y = y * numbers(gate.norm.weight)[:, None, None] + numbers(gate.norm.bias)[:, None, None]
+        z = convolved(gate.conv3, part)
+        y_share, z_share = softmax(y.mean((1, 2))), softmax(z.mean((1, 2)))
+        logits = np.zeros(part.shape[1:])
+        for c in range(len(part)):
+            logits += y_share[c] * z[c] + z_share[c] * y[c]
+        parts.append(part * sigmoid(logits))
+    return np.concatenate(parts)
+
+
+def gam_by_hand(gate: GAM, x: Array) -> Array:
+    y = np.empty_like(x)
+    for i, j in np.ndindex(*x.shape[1:]):
+        hidden = np.maximum(numbers(gate.l1.weight) @ x[:, i, j] + numbers(gate.l1.bias), 0)
+        y[:, i, j] = x[:, i, j] * sigmoid(numbers(gate.l2.weight) @ hidden + numbers(gate.l2.bias))
+    hidden = np.maximum(batch_normed(gate.cv1.bn, convolved(gate.cv1.conv, y)), 0)
+    return y * sigmoid(batch_normed(gate.cv2.bn, convolved(gate.cv2.conv, hidden)))
+
+
+BY_HAND: dict[str, tuple[int, list[Any], Callable[[Any, Array], Array]]] = {  # channels, further arguments, formula
+    "ECA": (16, [5], eca_by_hand),
+    "CBAM": (16, [4, 3], cbam_by_hand),
+    "CoordAtt": (24, [2], coordatt_by_hand),
+    "SCSE": (16, [2], scse_by_hand),
+    "SimAM": (8, [0.01], simam_by_hand),
+    "GlobalContext": (16, [2], globalcontext_by_hand),
+    "EMA": (24, [4], ema_by_hand),
+    "GAM": (16, [4], gam_by_hand),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_gate_is_its_papers_formula(name: str) -> None:
+    torch.manual_seed(0)
+    c, options, by_hand = BY_HAND[name]
+    gate, x = stir(GATES[name](c, c, *options)), noise(2, c, 5, 7)
+    expected = torch.from_numpy(np.stack([by_hand(gate, numbers(image)) for image in x]))
+    torch.testing.assert_close(gate(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@given(c=st.integers(1, 4096))
+@settings(deadline=None)
+def test_eca_takes_the_odd_kernel_nearest_to_the_papers_number(c: int) -> None:
+    wanted = (np.log2(c) + 1) / 2
+    nearest = min(range(1, 15, 2), key=lambda k: (abs(k - wanted), -k))
+    assert ECA(c, c).conv.kernel_size == (nearest,)
+
+
+def test_sizes_follow_from_the_channels() -> None:
+    assert [CoordAtt(c, c).conv.conv.out_channels for c in (64, 512)] == [8, 16]
+    assert [GlobalContext(c, c).l1.out_features for c in (16, 64, 256)] == [4, 4, 16]
+    assert [EMA(c, c).groups for c in (64, 12, 20, 7, 11)] == [8, 6, 5, 7, 1]
+    assert [CBAM(64, 64).l1.out_features, SCSE(64, 64).l1.out_features, GAM(64, 64).l1.out_features] == [4, 32, 16]
+
+
+def test_ema_of_one_group_takes_one_value_in_training() -> None:
+    assert bool(EMA(11, 11).train()(noise(1, 11, 1, 1)).isfinite().all())
+
+
+def test_global_context_describes_what_it_adds() -> None:
+    gate, x = stir(make("GlobalContext")), noise(2, CHANNELS, 5, 7)
+    added = (gate(x) - x)[:, :, :1, :1]
+    rms = torch.stack([image.norm() / image.numel() ** 0.5 for image in x])
+    torch.testing.assert_close(gate.scale(x), 1 + added / rms[:, None, None, None], atol=1e-5, rtol=1e-5)
+
+
+def test_gam_is_neutral_after_its_batch_norms_are_folded() -> None:
+    gate, x = stir(make("GAM")), noise(1, CHANNELS, 5, 7)
+    expected = gate(x)
+    gate.cv1.fuse_()
+    gate.cv2.fuse_()
+    torch.testing.assert_close(gate(x), expected, atol=1e-5, rtol=1e-5)
+    gate.neutralise_()
+    assert torch.equal(gate(x), x * 0.25)
+
+
+def test_arguments_that_cannot_work_are_refused() -> None:
+    for build in (lambda: ECA(16, 16, 4), lambda: CBAM(16, 16, 4, 6), lambda: ECA(16, 16, 0)):
+        with pytest.raises(ValueError, match="use an odd number"):
+            build()
+    with pytest.raises(ValueError, match="has no groups"):
+        EMA(16, 16, 0)
+    with pytest.raises(ValueError, match="would divide by zero"):
+        SimAM(16, 16, 0.0)
+    for kind in (CBAM, CoordAtt, SCSE, GlobalContext, GAM):
+        with pytest.raises(ValueError, match="squeeze to none"):
+            kind(16, 16, 17)

@@ -1,0 +1,566 @@
+"""Gates inserted into a model YAML: who reads whom afterwards, what the text looks like, what a mistake is answered."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models import insert as inserting
+from models.graph import Graph, read
+from models.insert import Insertion, gates, insert, parse, places, run, table, write
+from utils.config import ROOT, UserError
+
+NETWORKS = sorted(path for path in (ROOT / "models").rglob("yolo*.yaml"))
+BLOCK = """\
+# A small network
+
+nc: 2
+depth_multiple: 1.0
+width_multiple: 0.5
+anchors: # two levels
+  - [10, 13, 16, 30]
+  - [30, 61, 62, 45]
+backbone:
+  - [-1, 1, Conv, [16, 3, 2]]   # 0-P1/2
+  - [-1, 1, Conv, [32, 3, 2]]   # 1 (P2/4)
+  - [-1, 1, C3, [32]]           # the 2nd
+  - [-1, 1, Conv, [64, 3, 2]]   # 3: the last, 3 of them
+head:
+  - [-1, 1, nn.Upsample, [None, 2, nearest]] # 44 is not its number
+  - [[-1, 2], 1, Concat, [1]]   # 5.5 neither
+  - [-1, 2, C3, [32, False]]    # 6
+  - [[6, 3], 1, Detect, [nc, anchors]]
+"""
+FLOW = """\
+# YOLOv5 🚀 as upstream writes it
+
+# Parameters
+nc: 2  # number of classes
+depth_multiple: 1.0
+width_multiple: 0.5
+anchors:
+  - [10,13, 16,30]  # P3/8
+  - [30,61, 62,45]
+
+# backbone
+backbone:
+  # [from, number, module, args]
+  [[-1, 1, Conv, [16, 3, 2]],  # 0-P1/2
+   [-1, 1, Conv, [32, 3, 2]],
+   [-1, 1, C3, [32]],
+   [-1, 1, Conv, [64, 3, 2]],  # 3
+  ]
+
+head:
+  [[-1, 1, nn.Upsample, [None, 2, 'nearest']],
+   [[-1, 2], 1, Concat, [1]],  # cat backbone P2
+
+   # the neck
+   [-1, 2, C3, [32, False]],  # 6 (P2/4)
+   [[6, 3], 1, Detect, [nc, anchors]]  # Detect(P2, P3)
+  ]
+"""
+
+
+def small(folder: Path, text: str = BLOCK, old: str = "", new: str = "") -> Path:
+    """A small network with one piece of text replaced, as a file."""
+    assert old in text
+    file = folder / "small.yaml"
+    file.write_bytes(text.replace(old, new).encode())
+    return file
+
+
+@cache
+def graph_of(cfg: str) -> Graph:
+    return read(cfg)
+
+
+def after(cfg: str | Path, *specs: str) -> Graph:
+    """The network with the gates."""
+    return read(yaml.safe_load(insert(cfg, [parse(spec) for spec in specs])))
+
+
+def sources(graph: Graph) -> list[tuple[int, ...]]:
+    return [row.sources for row in graph.rows]
+
+
+def lines(text: str, word: str) -> list[str]:
+    return [line for line in text.splitlines() if word in line and not line.startswith("#")]
+
+
+def error(cfg: str | Path, *specs: str) -> str:
+    with pytest.raises(UserError) as caught:
+        insert(cfg, [parse(spec) for spec in specs])
+    return str(caught.value)
+
+
+def options(**given: object) -> Namespace:
+    """The command's options."""
+    given = {"cfg": "yolov5s.yaml", "module": None, "args": [], "places": None, "insert": None, **given}
+    return Namespace(**{"list_places": False, "out": None, "exist_ok": False, **given})
+
+
+# --- the shipped networks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [("last", "after"), ("presppf", "before")])
+def test_the_shipped_se_networks_are_what_the_command_prints(name: str, kind: str) -> None:
+    shipped = (ROOT / f"models/yolov5s-se-{name}.yaml").read_text(encoding="utf-8")
+    assert insert("yolov5s.yaml", [Insertion("SE", (16,), kind, "SPPF")]) == shipped
+
+
+@pytest.mark.parametrize(("name", "gate"), [("last", 10), ("presppf", 9)])
+def test_the_shipped_se_networks_have_their_rows(name: str, gate: int) -> None:
+    plain, se = read("yolov5s.yaml"), read(f"yolov5s-se-{name}.yaml")
+    data = read("yolov5s.yaml").yaml
+    data["backbone"].insert(gate, [-1, 1, "SE", [1024, 16]])
+    for row in data["head"]:
+        row[0] = [f + (f >= gate) for f in row[0]] if isinstance(row[0], list) else row[0]
+    assert {**data, "backbone": se.yaml["backbone"], "head": se.yaml["head"]} == se.yaml
+    assert (data["backbone"], data["head"]) == (se.yaml["backbone"], se.yaml["head"])
+    assert len(se.rows) == len(plain.rows) + 1 == 26
+
+
+def test_at_and_before_the_head_make_the_same_network_as_after_the_backbone() -> None:
+    rows = [(row.raw_from, row.module, row.args) for row in after("yolov5s.yaml", "SE:16@after:SPPF").rows]
+    for spec in ("SE:16@at:10", "SE:16@before:Conv:6", "SE:16@before:10", "SE:16@after:9", "SE:16@after:SPPF:1"):
+        assert [(row.raw_from, row.module, row.args) for row in after("yolov5s.yaml", spec).rows] == rows
+    backbones = [len(after("yolov5s.yaml", f"SE@{place}").yaml["backbone"]) for place in ("at:10", "before:10")]
+    assert backbones == [11, 10]
+
+
+# --- who reads whom ---------------------------------------------------------------------------------------------------
+
+
+def shifted(index: int, gate: int) -> int:
+    return index + (index >= gate)
+
+
+def check_kept(old: Graph, new: Graph, positions: list[int]) -> None:
+    """The old rows are as they were, and read, through gates, what they read; every gate is read."""
+    assert (
+        len(positions)
+        == len(old.rows)
+        == len(new.rows) - sum(row.module == "SE" for row in new.rows) + sum(row.module == "SE" for row in old.rows)
+    )
+    for row, position in zip(old.rows, positions):
+        moved = new.rows[position]
+        for name in ("module", "args", "repeats", "inputs", "channels", "stride"):
+            assert getattr(moved, name) == getattr(row, name)
+        for source, now in zip(row.sources, moved.sources):
+            while now not in positions and now >= 0:
+                assert new.rows[now].module == "SE" and new.rows[now].consumers
+                (now,) = new.rows[now].sources
+            assert now == (positions[source] if source >= 0 else -1)
+
+
+@pytest.mark.parametrize("cfg", ["yolov5s.yaml", "yolov3-tiny.yaml", "yolov5s6.yaml", "yolov5-bifpn.yaml"])
+def test_a_gate_after_a_row_is_read_by_all_its_readers(cfg: str) -> None:
+    old = graph_of(cfg)
+    for row in old.rows[:-1]:
+        new, gate = after(cfg, f"SE@after:{row.index}"), row.index + 1
+        assert new.rows[gate].module == "SE" and new.rows[gate].sources == (row.index,)
+        assert new.rows[gate].raw_from == -1
+        for reader in old.rows:
+            expected = tuple(gate if s == row.index else shifted(s, gate) for s in reader.sources)
+            assert new.rows[shifted(reader.index, gate)].sources == expected
+
+
+@pytest.mark.parametrize("cfg", ["yolov5s.yaml", "yolov3-tiny.yaml", "yolov5s-seg.yaml", "yolov5-bifpn.yaml"])
+def test_a_gate_before_a_row_is_read_by_it_alone(cfg: str) -> None:
+    old = graph_of(cfg)
+    for row in old.rows[1:]:
+        new, count = after(cfg, f"SE@before:{row.index}"), len(row.sources)
+        for reader in old.rows:
+            expected = tuple(s + count * (s >= row.index) for s in reader.sources)
+            if reader is row:
+                expected = tuple(range(row.index, row.index + count))
+                assert tuple(new.rows[gate].sources[0] for gate in expected) == row.sources
+            assert new.rows[reader.index + count * (reader.index >= row.index)].sources == expected
+
+
+@pytest.mark.parametrize("cfg", ["yolov5s.yaml", "yolov3-spp.yaml", "yolov5-fpn.yaml"])
+def test_a_gate_at_a_row_takes_its_number_and_is_its_row_above(cfg: str) -> None:
+    old = graph_of(cfg)
+    for row in old.rows[1:]:
+        raw = row.raw_from if isinstance(row.raw_from, list) else [row.raw_from]
+        if -1 not in raw:
+            assert "does not read the row above by -1" in error(cfg, f"SE@at:{row.index}")
+            continue
+        new = after(cfg, f"SE@at:{row.index}")
+        assert new.rows[row.index].sources == (row.index - 1,)
+        for reader in old.rows:
+            expected = [shifted(source, row.index) for source in reader.sources]
+            if reader is row:
+                expected = [row.index if f == -1 else s for f, s in zip(raw, expected)]
+            assert new.rows[shifted(reader.index, row.index)].sources == tuple(expected)
+
+
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.stem)
+def test_gates_at_every_place_leave_all_else_as_it_was(path: Path) -> None:
+    old = graph_of(str(path))
+    everywhere = {
+        "after": [row.index for row in old.rows[:-1]],
+        "before": [row.index for row in old.rows[1:]],
+        "at": [row.index for row in old.rows[1:] if row.raw_from == -1],
+    }
+    for kind, indices in everywhere.items():
+        new = after(path, *(f"SE@{kind}:{index}" for index in indices))
+        gates_of = {index: len(old.rows[index].sources) if kind == "before" else 1 for index in indices}
+        positions = [
+            index + sum(n for place, n in gates_of.items() if (place < index if kind == "after" else place <= index))
+            for index in range(len(old.rows))
+        ]
+        check_kept(old, new, positions)
+    for index in range(1, len(old.rows) - 1, 7):  # alone, elsewhere in each file
+        new = after(path, f"SE@after:{index}")
+        check_kept(old, new, [i + (i > index) for i in range(len(old.rows))])
+
+
+def test_relative_sources_keep_their_meaning_and_their_style() -> None:
+    new = after("yolov3-tiny.yaml", "SE@after:15")  # row 16 reads -2, which is row 14
+    assert (new.rows[17].raw_from, new.rows[17].sources) == (-3, (14,))
+    new = after("yolov3-tiny.yaml", "SE@after:14")
+    assert (new.rows[15].module, new.rows[17].raw_from, new.rows[17].sources) == ("SE", -2, (15,))
+    new = after("yolov3-tiny.yaml", "SE@before:16")
+    assert [new.rows[i].raw_from for i in (16, 17, 21)] == [14, -1, [20, 15]]
+    assert after("yolov5s6.yaml", "SE@after:8").rows[15].raw_from == [-1, 9]
+
+
+def test_a_row_with_several_inputs_gets_a_gate_on_each_or_on_the_one_named() -> None:
+    new = after("yolov5s.yaml", "SE:16@before:Detect")
+    assert [(row.module, row.raw_from, row.args) for row in new.rows[24:27]] == [
+        ("SE", 17, [256, 16]),
+        ("SE", 20, [512, 16]),
+        ("SE", 23, [1024, 16]),
+    ]
+    assert new.head.raw_from == [24, 25, 26]
+    new = after("yolov5s.yaml", "SE@before:Detect/3")
+    assert (new.rows[24].raw_from, new.head.raw_from) == (-1, [17, 20, 24])
+    new = after("yolov5s.yaml", "SE@before:Concat:1/2")  # its -1 is no longer the row above
+    assert (new.rows[12].raw_from, new.rows[13].raw_from) == (6, [11, 12])
+    new = after("yolov5s.yaml", "SE@before:Concat:1/1")
+    assert (new.rows[12].raw_from, new.rows[13].raw_from) == (-1, [-1, 6])
+    new = after("yolov5-bifpn.yaml", "SE@before:Concat:3/3")
+    assert [new.rows[i].sources for i in (13, 19, 20)] == [(12,), (6,), (18, 14, 19)] or new.rows[12].sources == (11, 6)
+    assert (new.rows[19].raw_from, new.rows[20].raw_from) == (6, [18, 14, 19])
+    assert after("yolov5s-seg.yaml", "SE@before:Segment/1").rows[24].args == [256]
+
+
+def test_several_places_are_meant_in_the_file_as_it_was() -> None:
+    new = after("yolov5s.yaml", "SE@after:SPPF", "SE@after:4", "SE@before:Detect/1", "SE@at:7")
+    assert [row.index for row in new.rows if row.module == "SE"] == [5, 8, 12, 27]
+    check_kept(graph_of("yolov5s.yaml"), new, [*range(5), 6, 7, 9, 10, 11, *range(13, 27), 28])
+
+
+@pytest.mark.parametrize(
+    "places", [("after:9", "after:9"), ("before:10", "before:10"), ("at:10", "at:10"), ("after:9", "at:10")]
+)
+def test_two_gates_at_one_place_are_chained_in_the_order_given(places: tuple[str, str]) -> None:
+    new = after("yolov5s.yaml", f"SE@{places[0]}", f"ECA@{places[1]}")
+    assert [(row.module, row.sources) for row in new.rows[9:13]] == [
+        ("SPPF", (8,)),
+        ("SE", (9,)),
+        ("ECA", (10,)),
+        ("Conv", (11,)),
+    ]
+    assert new.rows[24].sources == (23, 12)
+
+
+def test_channels_are_declared_before_the_width() -> None:
+    declared = {cfg: after(cfg, "SE@after:C3:2").rows[5].args for cfg in ("yolov5n.yaml", "yolov5m.yaml")}
+    assert declared == {"yolov5n.yaml": [256], "yolov5m.yaml": [256]}
+    assert after("yolov5s.yaml", "SE@after:Concat:1").rows[13].args == [1024]
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_must_change_in_the_text_changes(tmp_path: Path) -> None:
+    file = small(tmp_path)
+    text = insert(file, [parse("SE:4@after:C3:1")])
+    assert text == BLOCK.replace(
+        "# A small network\n",
+        "# A small network\n" + "".join(line + "\n" for line in text.splitlines()[1 : text.splitlines().index("")]),
+    ).replace("# the 2nd\n", "# the 2nd\n  - [-1, 1, SE, [32, 4]]   # 3: channels, reduction\n").replace(
+        "# 3: the last, 3", "# 4: the last, 3"
+    ).replace("[[-1, 2], 1, Concat", "[[-1, 3], 1, Concat").replace("# 6\n", "# 7\n").replace("[[6, 3]", "[[7, 4]")
+    assert file.read_text(encoding="utf-8") == BLOCK
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "new"),
+    [
+        ("after:0", "  # 0-P1/2\n", "  # 0-P1/2\n   [-1, 1, SE, [16, 4]],  # 1: channels, reduction\n"),
+        ("after:3", "  # 3\n", "  # 3\n   [-1, 1, SE, [64, 4]],  # 4: channels, reduction\n"),
+        ("before:4", "  [[-1, 1, nn.", "  [[-1, 1, SE, [64, 4]],  # 4: channels, reduction\n   [-1, 1, nn."),
+        ("before:6", "   [-1, 2, C3", "   [-1, 1, SE, [96, 4]],  # 6: channels, reduction\n   [-1, 2, C3"),
+        ("at:6", "P2\n", "P2\n   [-1, 1, SE, [96, 4]],  # 6: channels, reduction\n"),
+    ],
+)
+def test_lists_in_brackets_keep_their_style(tmp_path: Path, place: str, old: str, new: str) -> None:
+    text = insert(small(tmp_path, FLOW), [parse(f"SE:4@{place}")])
+    body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("# with", "#  ")))
+    number = int(place.split(":")[1]) + place.startswith("after")
+    expected = FLOW.replace(old, new, 1)
+    for index, comment in ((3, "# 3\n"), (6, "# 6 (P2")):
+        expected = expected.replace(f"],  {comment}", f"],  {comment.replace(str(index), str(shifted(index, number)))}")
+    backbone = 3 if number == 4 and place == "before:4" else shifted(3, number)
+    reads = {"after:3": 4, "before:4": 3}.get(place, backbone)
+    assert body == expected.replace("[[-1, 2], 1", f"[[-1, {shifted(2, number)}], 1").replace(
+        "[[6, 3]", f"[[{shifted(6, number)}, {reads}]"
+    )
+    assert text.splitlines()[1].startswith("# with SE ")
+
+
+def test_a_last_row_without_a_comma_gets_one(tmp_path: Path) -> None:
+    text = insert(
+        small(tmp_path, FLOW, "[64, 3, 2]],  # 3", "[64, 3, 2]]  # 3"), [parse("SE:4@after:3"), parse("ECA@at:4")]
+    )
+    assert (
+        "[64, 3, 2]],  # 3\n   [-1, 1, SE, [64, 4]],  # 4: channels, reduction\n   [-1, 1, ECA, [64]]  # 5: ch" in text
+    )
+
+
+def test_rows_on_one_line_stay_on_it(tmp_path: Path) -> None:
+    rows = "backbone: [[-1, 1, Conv, [16, 3, 2]], [-1, 1, Conv, [32, 3, 2]]]\nhead: [[-1, 1, C3, [32]], [[1, 2], 1, Detect, [nc, 3]]]\n"
+    file = small(tmp_path, f"nc: 2\n{rows}")
+    text = insert(file, [parse(f"SE:4@{place}") for place in ("after:0", "before:1", "after:1", "before:2")])
+    assert text.splitlines()[-2] == (
+        "backbone: [[-1, 1, Conv, [16, 3, 2]], [-1, 1, SE, [16, 4]], [-1, 1, SE, [16, 4]], [-1, 1, Conv, [32, 3, 2]], "
+        "[-1, 1, SE, [32, 4]]]"
+    )
+    assert text.splitlines()[-1] == ("head: [[-1, 1, SE, [32, 4]], [-1, 1, C3, [32]], [[5, 7], 1, Detect, [nc, 3]]]")
+    assert text.startswith("# with SE after row 0, SE before row 1,") and "nc: 2\n" in text
+    json_like = f"{{nc: 2, {rows.replace(chr(10), ', ', 1).strip()}}}"
+    assert after(small(tmp_path, json_like), "SE:4@after:1", "SE:4@before:3").rows[-1].sources == (5, 6)
+
+
+@pytest.mark.parametrize("text", [BLOCK, FLOW])
+def test_line_ends_and_a_byte_order_mark_are_kept(tmp_path: Path, text: str) -> None:
+    insertions = [parse("SE@after:3"), parse("SE@before:Detect")]
+    plain = insert(small(tmp_path, text), insertions)
+    windows = small(tmp_path, "\ufeff" + text.replace("\n", "\r\n"))
+    assert insert(windows, insertions) == "\ufeff" + plain.replace("\n", "\r\n")
+    written = write(windows, insertions, tmp_path / "out.yaml")
+    assert written.read_bytes().decode() == "\ufeff" + plain.replace("\n", "\r\n")
+    assert len(read(written).rows) == 11
+
+
+def test_rows_without_numbers_get_no_comment(tmp_path: Path) -> None:
+    bare = re.sub(r" +#.*", "", BLOCK)
+    assert lines(insert(small(tmp_path, bare), [parse("SE@after:3")]), "SE") == ["  - [-1, 1, SE, [64]]"]
+
+
+def test_comments_say_what_was_done_and_how_to_do_it_again() -> None:
+    text = insert("yolov5s.yaml", [parse("SE:16@before:Detect/1"), parse("SE:16@after:SPPF"), parse("SE:16@at:7")])
+    assert text.splitlines()[:4] == [
+        "# YOLOv5s, the small network: P3, P4 and P5 outputs",
+        "# with SE before Detect/1, SE after SPPF, SE at row 7; made by: python models/insert.py --cfg yolov5s.yaml",
+        "#   --module SE --args 16 --before Detect/1 --after SPPF --at 7",
+        "",
+    ]
+    text = insert("yolov5s.yaml", [parse("SE:16@after:SPPF"), parse("ECA:None:2.0@before:Detect/1")])
+    assert text.splitlines()[1:3] == [
+        "# with SE after SPPF, ECA before Detect/1; made by: python models/insert.py --cfg yolov5s.yaml --insert",
+        "#   SE:16@after:SPPF --insert ECA:None:2.0@before:Detect/1",
+    ]
+    assert lines(text, "ECA") == ["  - [17, 1, ECA, [256, None, 2.0]] # 25: channels, kernel, gain"] or lines(
+        text, "ECA"
+    ) == ["  - [18, 1, ECA, [256, None, 2.0]] # 25: channels, kernel, gain"]
+
+
+def test_another_size_is_the_same_text_with_its_multiples() -> None:
+    text = insert("yolov5x-se-last.yaml", [parse("ECA@before:Detect/1")])
+    same = insert("yolov5s-se-last.yaml", [parse("ECA@before:Detect/1")]).replace("s-se-last", "x-se-last")
+    assert text == same.replace("multiple: 0.33 ", "multiple: 1.33 ").replace("multiple: 0.50 ", "multiple: 1.25 ")
+    assert read(yaml.safe_load(text)).rows[10].channels == 1280
+
+
+def test_a_network_numbered_wrongly_is_warned_about(tmp_path: Path, said: list[str]) -> None:
+    insert(small(tmp_path, BLOCK, "[[6, 3]", "[[5, 3]"), [parse("SE@after:0")])
+    assert len(said) == 1 and "reads layer 5, a Concat" in said[0]
+
+
+# --- places and mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_spec_names_gate_arguments_kind_and_place() -> None:
+    assert parse("SE@after:SPPF") == Insertion("SE", (), "after", "SPPF")
+    assert parse("SE:16@before:C3:2") == Insertion("SE", (16,), "before", "C3:2")
+    assert parse("CBAM:16:7@before:Detect/1") == Insertion("CBAM", (16, 7), "before", "Detect/1")
+    assert parse("ECA:None:0.5:True@at:10").args == (None, 0.5, True)
+    for spec in ("SE:16@before:C3:2", "ECA:None:0.5@after:nn.Upsample:1", "SE@at:10"):
+        assert str(parse(spec)) == spec
+
+
+@pytest.mark.parametrize("spec", ["SE", "SE@", "SE@after", "SE@after:", "@after:SPPF", "SE@behind:SPPF", ""])
+def test_half_a_spec_is_answered_with_a_whole_one(spec: str) -> None:
+    with pytest.raises(UserError, match=re.escape("such as SE:16@after:SPPF")):
+        parse(spec)
+
+
+@pytest.mark.parametrize("arg", ["sixteen", "__import__('os')", "[1]", "1e999", ""])
+def test_arguments_are_numbers(arg: str) -> None:
+    with pytest.raises(UserError, match="expected a number, None, True or False"):
+        parse(f"SE:{arg}@after:SPPF")
+
+
+def test_places_are_names_with_a_count_where_it_is_needed() -> None:
+    graph = graph_of("yolov5s.yaml")
+    assert [places(graph)[i] for i in (0, 9, 11, 16, 23, 24)] == [
+        "Conv:1", "SPPF", "nn.Upsample:1", "Concat:2", "C3:8", "Detect",
+    ]  # fmt: skip
+    shown = table(graph)
+    assert len(shown) == 26 and shown[0].split()[:3] == ["row", "place", "module"]
+    assert shown[5].split() == ["4", "C3:2", "C3", "128", "8", "5,", "16"]
+    assert shown[25].split(maxsplit=6)[-1] == "/1 is 17, /2 is 20, /3 is 23"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("SEE@after:SPPF", "'SEE' is not a layer. Did you mean 'SE'? Gates are: "),
+        ("Conv@after:SPPF", "Conv may change the channels, so it cannot be inserted; gates are: "),
+        ("Detect@after:SPPF", "Detect may change the channels"),
+        ("SE@after:SPP", "'SPP' is at most a part of other rows, whose inside is not a place. Did you mean 'SPPF'?"),
+        ("SE@after:SPFF", "'SPFF' is not a row. Did you mean 'SPPF'? Places: Conv:1..9, C3:1..8, SPPF, nn.Upsample:1"),
+        ("SE@after:Upsample:1", "Did you mean 'nn.Upsample'?"),
+        ("SE@after:Bottleneck", "a part of other rows, whose inside is not a place. Places: Conv:1..9, "),
+        ("SE@after:9.cv1", "'9.cv1' is at most a part of other rows"),
+        ("SE@after:C3.m", "'C3.m' is at most a part of other rows"),
+        ("SE@after:C3", "'C3' is not one row. Choose from C3:1 (row 2), C3:2 (row 4), "),
+        ("SE@after:C3:9", "'C3:9' is not one row. Choose from C3:1 (row 2), "),
+        ("SE@after:SPPF:2", "'SPPF:2' is not one row. Choose from SPPF (row 9)."),
+        ("SE@after:25", "'25' is not a row. Places: Conv:1..9, C3:1..8, SPPF, nn.Upsample:1..2, Concat:1..4, "),
+        ("SE@after:-1", "or a row from 0 to 24."),
+        ("SE@after:Detect", "models/yolov5s.yaml:43: layer 24 Detect: nobody reads it, so nobody would"),
+        ("SE@before:0", "models/yolov5s.yaml:13: layer 0 Conv: reads the image, which a gate cannot weigh."),
+        ("SE@at:0", "'at' takes a row from 1 to 24, found '0'."),
+        ("SE@at:25", "'at' takes a row from 1 to 24, found '25'."),
+        ("SE@at:SPPF", "'at' takes a row from 1 to 24, found 'SPPF'."),
+        ("SE@at:24", "layer 24 Detect: does not read the row above by -1. Nobody would read the gate: write after 23"),
+        ("SE@before:Detect/4", "layer 24 Detect: its inputs are /1 to /3, found '/4'."),
+        ("SE@before:Detect/0", "its inputs are /1 to /3"),
+        ("SE@before:SPPF/1", "layer 9 SPPF: leave out '/1'"),
+        ("SE@after:Concat:1/1", "layer 12 Concat: leave out '/1': it is for 'before' a row that reads a list."),
+        ("SE:0@after:SPPF", "models/yolov5s.yaml with its gates: layer 10 SE: a reduction of 0 leaves none of its 512"),
+        ("SE:16:1:2@after:SPPF", "layer 10 SE: too many arguments [1024, 16, 1, 2]; it takes r, gain."),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_fix(spec: str, message: str) -> None:
+    assert message in error("models/yolov5s.yaml", spec)
+
+
+def test_channels_that_no_number_declares_are_refused(tmp_path: Path) -> None:
+    file = small(tmp_path, BLOCK, "[64, 3, 2]]   # 3", "[14, 3, 2]]   # 3")  # na * (nc + 5) is not scaled
+    fix = "No number times the width 0.50 is that, rounded up to a multiple of 8. Choose another place."
+    message = error(file, "SE@after:3").removeprefix(f"{tmp_path}/")
+    assert message == f"small.yaml:13: layer 3 Conv: has 14 channels. {fix}"
+
+
+def test_text_that_cannot_be_edited_is_refused(tmp_path: Path) -> None:
+    aliased = BLOCK.replace("- [-1, 2, C3, [32, False]]", "- *row").replace("- [-1, 1, C3", "- &row [-1, 1, C3")
+    assert "uses YAML aliases (*name)" in error(small(tmp_path, aliased), "SE@after:0")
+    nested = BLOCK.replace("- [-1, 1, C3, [32]] ", "- - -1\n    - 1\n    - C3\n    - [32]\n ")
+    assert ":12: layer 2 C3: cannot be edited. Write it on a line" in error(small(tmp_path, nested), "SE@after:0")
+    with pytest.raises(UserError, match="give its path or name, not a mapping"):
+        insert(yaml.safe_load(BLOCK), [parse("SE@after:0")])
+    with pytest.raises(UserError, match="nothing to insert"):
+        insert("yolov5s.yaml", [])
+    with pytest.raises(UserError, match=r"Did you mean 'yolov5s-seg\.yaml'"):
+        insert("yolov5s-seq.yaml", [parse("SE@after:0")])
+
+
+def test_a_size_needs_multiples_in_the_file(tmp_path: Path) -> None:
+    file = small(tmp_path, BLOCK, "depth_multiple: 1.0\n", "").rename(tmp_path / "yolov5s-mine.yaml")
+    assert "has no 'depth_multiple' to change for yolov5n-mine.yaml" in error(
+        file.with_name("yolov5n-mine.yaml"), "SE@after:0"
+    )
+
+
+def test_every_gate_is_offered() -> None:
+    assert {"SE", "ECA"} <= set(gates())
+    assert not {"Conv", "C3", "Gate", "Concat", "Detect", "nn.ReLU"} & set(gates())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_out_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    out = tmp_path / "my.yaml"
+    out.write_text("mine", encoding="utf-8")
+    given = options(module="SE", args=["16"], places=["after:SPPF"], out=str(out))
+    with pytest.raises(UserError, match=r"is there already\. Choose another name, or add --exist-ok"):
+        run(given)
+    assert out.read_text(encoding="utf-8") == "mine"
+    given.exist_ok = True
+    run(given)
+    assert out.read_bytes() == (ROOT / "models/yolov5s-se-last.yaml").read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to insert: give a gate and a place"),
+        ({"module": "SE"}, "--module goes with --after, --before or --at"),
+        ({"places": ["after:SPPF"]}, "--module goes with --after, --before or --at"),
+        ({"insert": ["SE@after:SPPF"], "out": "my.txt"}, "--out my.txt: expected a file ending in .yaml"),
+        ({"insert": ["SE@after:SPPF"], "out": "none/my.yaml"}, "there is no folder none"),
+    ],
+)
+def test_half_a_command_is_refused(in_tmp: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(options(**given))
+    assert not list(in_tmp.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = small(tmp_path)
+    monkeypatch.setattr(inserting.os, "replace", full)
+    with pytest.raises(UserError, match=r"small\.yaml: cannot be written \(No space left on device\)"):
+        write("yolov5s.yaml", [parse("SE@after:SPPF")], out)
+    assert out.read_text(encoding="utf-8") == BLOCK and list(tmp_path.iterdir()) == [out]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "models/insert.py", *arguments]
+    return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_prints_or_writes_the_network_and_nothing_else(tmp_path: Path) -> None:
+    file = small(tmp_path, BLOCK, "[[6, 3]", "[[5, 3]")
+    done = command("--cfg", str(file), "--module", "SE", "--args", "4", "--before", "3", "--after", "C3:1", "--at", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == insert(file, [parse(f"SE:4@{place}") for place in ("before:3", "after:C3:1", "at:3")])
+    assert "a Concat" in done.stderr
+    out = tmp_path / "out.yaml"
+    done = command("--cfg", str(file), "--insert", "ECA@after:0", "--out", str(out))
+    assert (done.returncode, done.stdout) == (0, "") and "ECA after row 0" in done.stderr
+    assert read(out).rows[1].module == "ECA"
+
+
+def test_a_mistake_on_the_command_line_is_one_line() -> None:
+    done = command("--cfg", "yolov5s.yaml", "--module", "SE", "--after", "C3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: models/yolov5s.yaml: 'C3' is not one row.") and done.stderr.count("\n") == 1
+    done = command("--cfg", "yolov5s.yaml", "--list-places")
+    assert done.returncode == 0 and done.stdout.splitlines() == table(graph_of("yolov5s.yaml"))
+
+
+def test_help_answers_without_loading_torch() -> None:
+    probe = "import runpy, sys\nsys.argv = ['models/insert.py', '--help']\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    probe += "except SystemExit:\n    assert 'torch' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--list-places" in done.stdout, done.stderr
