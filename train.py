@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import (
-    ArgumentParser,
-    UserError,
-    check_hyp,
-    check_minimum,
-    options_from,
-    read_hyp,
-)
+from utils.config import ArgumentParser, UserError, check_hyp, check_minimum, options_from, read_hyp
 from utils.runtime import (
     LOGGER,
     ROOT,
@@ -112,8 +107,8 @@ def run(**options: Any) -> argparse.Namespace:
     """Train; keywords are the flags with underscores (`hyp` may also be a mapping).
 
     Returns:
-        The options, with `save_dir` (Path), `best` (Path of the best checkpoint) and `results` (precision, recall,
-        mAP50, mAP50-95, box, obj and cls loss of the best checkpoint on the validation split).
+        The options, with `save_dir`, `best` (paths of the run and of its best checkpoint) and `results` (precision,
+        recall, mAP50, mAP50-95, box, obj and cls loss of that checkpoint on the validation split).
 
     Raises:
         UserError: an unknown keyword, or anything wrong with the files named.
@@ -210,6 +205,7 @@ class Training:
             spec = prepare(options.data, task="train")
         self.names = {0: "item"} if options.single_cls and spec.num_classes != 1 else dict(spec.names)
         self.report: Report | None = None
+        self.scratch: tempfile.TemporaryDirectory[str] | None = None
         self.model = self._build_model()
         frozen = freeze_(self.model.model, options.freeze)
         stride = max(int(self.model.stride.max()), 32)
@@ -235,7 +231,7 @@ class Training:
 
         options, nc = self.options, len(self.names)
         settings: dict[str, Any] = {"anchors": self.hyp.get("anchors") or None, "verbose": self.main}
-        cfg = options.cfg
+        cfg = self._inserted() if options.insert and not self.resumed else options.cfg
         if self.resumed is not None:
             model = build_model(self.resumed.yaml, nc=nc)
             model.load_state_dict(self.resumed.training["model"])
@@ -256,6 +252,14 @@ class Training:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(self.device, memory_format=torch.channels_last)
 
+    def _inserted(self) -> Path:
+        """The YAML of --cfg with the gates of --insert: in a temporary folder, then beside the run's options."""
+        from models.insert import parse, write
+
+        self.scratch = tempfile.TemporaryDirectory(prefix="yolov5-")
+        file = Path(self.scratch.name) / f"{Path(self.options.cfg).stem}-inserted.yaml"
+        return write(self.options.cfg, [parse(spec) for spec in self.options.insert], file)
+
     def _fix_sizes(self, stride: int) -> None:
         from utils.engine import round_up
         from utils.training import fit_batch_size
@@ -275,13 +279,14 @@ class Training:
         options = self.options
         if self.resumed is not None:
             return self.resumed.path.resolve().parent.parent
-        if options.name == "cfg":
-            options.name = Path(options.cfg).stem or "exp"
+        options.name = (Path(options.cfg).stem or "exp") if options.name == "cfg" else options.name
         save_dir = make_run_dir(options, "weights") if self.main else Path(options.project) / options.name
         options.save_dir = str(save_dir)
         if self.main:
             write_yaml(save_dir / "hyp.yaml", self.hyp)
             write_yaml(save_dir / "opt.yaml", self._plain_options())
+            if self.scratch:
+                shutil.copytree(self.scratch.name, save_dir, dirs_exist_ok=True)
         return save_dir
 
     def _plain_options(self) -> dict[str, Any]:
@@ -404,9 +409,8 @@ class Training:
         }
         period = self.options.save_period
         wanted = {"best.pt": improved, f"epoch{epoch}.pt": period > 0 and epoch % period == 0, "last.pt": True}
-        for name, write in wanted.items():
-            if write:
-                save(self.save_dir / "weights" / name, content)
+        for name in (name for name, write in wanted.items() if write):
+            save(self.save_dir / "weights" / name, content)
 
     def _finish(self) -> None:
         """Strip the checkpoints, judge the best one, draw."""
@@ -426,27 +430,20 @@ class Training:
         self.val_loader.close()
         options.results = result.summary
         if pictures:
-            self._draw_results(result)
+            from utils import plots
+
+            plots.plot_evaluation(result, self.names, self.save_dir)
+            plots.plot_results(self.save_dir / "results.csv")
+            names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
+            self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], options.epochs - 1)
         self.recorder.close()
         LOGGER.info(f"Results saved to {relative(self.save_dir)}")
 
     def _draw_validation(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
         from utils import plots
-        from utils.engine import detections_to_draw, labels_to_draw
 
         if index < PLOTTED_BATCHES:
-            for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
-                file = self.save_dir / f"val_batch{index}_{kind}.jpg"
-                plots.plot_batch(batch.images, boxes, batch.paths, self.names, file)
-
-    def _draw_results(self, result: EvalResult) -> None:
-        from utils import plots
-
-        plots.plot_curves(result.ap, self.names, self.save_dir)
-        plots.plot_confusion(result.confusion.matrix, self.names, self.save_dir / "confusion_matrix.png")
-        plots.plot_results(self.save_dir / "results.csv")
-        names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
-        self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], self.options.epochs - 1)
+            plots.plot_evaluation_batch(index, batch, detections, self.names, self.save_dir)
 
 
 if __name__ == "__main__":

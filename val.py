@@ -209,7 +209,9 @@ class ResultWriter:
     def batch(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
         """Pictures of the labels and the detections of the first batches."""
         if self.plots and index < PLOTTED_BATCHES:
-            draw_batch(index, batch, detections, self.names, self.save_dir)
+            from utils import plots
+
+            plots.plot_evaluation_batch(index, batch, detections, self.names, self.save_dir)
 
     def image(self, image: ImageResult) -> None:
         """The detections of one image, as text or JSON."""
@@ -249,7 +251,9 @@ class ResultWriter:
         """Curves, confusion matrix and JSON; the summary, with COCO's own mAP where it could be computed."""
         summary = result.summary
         if self.plots:
-            draw_result(result, self.names, self.save_dir)
+            from utils import plots
+
+            plots.plot_evaluation(result, self.names, self.save_dir)
         if self.options.save_txt:
             count = len(list((self.save_dir / "labels").glob("*.txt")))
             LOGGER.info(f"{count} label files in {relative(self.save_dir / 'labels')}")
@@ -261,24 +265,6 @@ class ResultWriter:
             if official is not None:
                 summary = (*summary[:2], *official, *summary[4:])
         return summary
-
-
-def draw_batch(index: int, batch: Batch, detections: list[Tensor], names: dict[int, str], save_dir: Path) -> None:
-    """Write `val_batch{index}_labels.jpg` and `val_batch{index}_pred.jpg`."""
-    from utils import plots
-    from utils.engine import detections_to_draw, labels_to_draw
-
-    for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
-        plots.plot_batch(batch.images, boxes, batch.paths, names, save_dir / f"val_batch{index}_{kind}.jpg")
-
-
-def draw_result(result: EvalResult, names: dict[int, str], save_dir: Path) -> None:
-    """Write the precision-recall, F1, P and R curves and the confusion matrix."""
-    from utils import plots
-
-    plots.plot_curves(result.ap, names, save_dir)
-    if result.confusion is not None:
-        plots.plot_confusion(result.confusion.matrix, names, save_dir / "confusion_matrix.png")
 
 
 def coco_categories() -> list[int]:

@@ -37,9 +37,10 @@ if __name__ == "__main__":  # before torch is imported: --help should not wait f
     parser.add_argument("--list-places", action="store_true", help="show the rows, their places and who reads them")
     parser.add_argument("--module", help="the gate's class, such as SE")
     parser.add_argument("--args", nargs="*", default=[], help="its arguments after the channels")
-    for kind, what in {"after": "all that read PLACE", "before": "what PLACE reads", "at": "row N reads N - 1"}.items():
-        to_place = f"{kind}:{{}}".format  # one list, so that the order across the three is kept
-        parser.add_argument(f"--{kind}", dest="places", action="append", type=to_place, metavar="PLACE", help=what)
+    readers = {"after": "all that read PLACE", "before": "PLACE alone", "at": "row PLACE, one further down"}
+    for kind, what in readers.items():  # in one list, so that the order across the three is kept
+        option = dict(dest="places", action="append", type=f"{kind}:{{}}".format, metavar="PLACE")
+        parser.add_argument(f"--{kind}", **option, help=f"read by {what}; may be repeated")  # type: ignore[arg-type]
     parser.add_argument("--insert", action="append", metavar="MODULE[:ARG...]@KIND:PLACE", help="all of it in one word")
     parser.add_argument("--out", help="the new YAML; shown where it is left out")
     parser.add_argument("--exist-ok", action="store_true", help="--out may replace a file")
@@ -375,10 +376,9 @@ def insert(cfg: str | Path, insertions: Sequence[Insertion]) -> str:
         raise UserError("a gate is inserted into a YAML file: give its path or name, not a mapping.")
     if not insertions:
         raise UserError("nothing to insert: give a gate and a place, such as SE:16@after:SPPF.")
-    graph = graphs.read(cfg)
+    network = _Network(graph := graphs.read(cfg))
     for warning in graph.warnings:
         LOGGER.warning(warning)
-    network = _Network(graph)
     for insertion in insertions:
         network.insert_(insertion)
     text = _text(graph)
@@ -397,8 +397,7 @@ def _text(graph: Graph) -> str:
     multiples = {"depth_multiple": str(graph.yaml["depth_multiple"]), "width_multiple": f"{graph.width:.2f}"}
     for key in multiples.keys() - nodes.keys():
         raise UserError(f"{graph.file}: has no '{key}' to change for {graph.name}. Add `{key}: 1.0`.")
-    edits = [(nodes[k].start_mark.index, nodes[k].end_mark.index, value) for k, value in multiples.items()]
-    return _apply(text, edits)
+    return _apply(text, [(nodes[k].start_mark.index, nodes[k].end_mark.index, v) for k, v in multiples.items()])
 
 
 def _check(text: str, network: _Network) -> None:
@@ -437,8 +436,8 @@ def run(options: Namespace) -> None:
     if bool(options.module) != bool(options.places):
         raise UserError("--module goes with --after, --before or --at. See the places with --list-places.")
     gate = ":".join([options.module or "", *options.args])
-    specs = [f"{gate}@{place}" for place in options.places or []] + (options.insert or [])
-    insertions = [parse(spec) for spec in specs]
+    specs = [f"{gate}@{place}" for place in options.places or []]
+    insertions = [parse(spec) for spec in specs + (options.insert or [])]
     if options.out is None:
         return print(insert(options.cfg, insertions), end="")
     out = Path(options.out)

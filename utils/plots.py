@@ -25,10 +25,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from utils.config import UserError
+from utils.dataloaders import Batch
 from utils.drawing import PALETTE, Annotator, color, feature_maps, plot_batch, save_crop, system_font
+from utils.engine import EvalResult, detections_to_draw, labels_to_draw
 from utils.runtime import LOGGER, relative
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from utils.metrics import APResult
 
 __all__ = [
@@ -38,6 +42,8 @@ __all__ = [
     "plot_batch",
     "plot_confusion",
     "plot_curves",
+    "plot_evaluation",
+    "plot_evaluation_batch",
     "plot_gates",
     "plot_labels",
     "plot_results",
@@ -98,6 +104,24 @@ def _cached_labels(items: tuple[tuple[int, str], ...]) -> tuple[dict[int, str], 
         return {index: _plain(name) for index, name in names.items()}, FontProperties(fname=str(file))
     LOGGER.warning(f"no installed font holds the class name '{foreign[0]}': charts show class numbers instead.")
     return {index: str(index) if name in foreign else _plain(name) for index, name in names.items()}, default
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def plot_evaluation_batch(
+    index: int, batch: Batch, detections: list[Tensor], names: Mapping[int, str], save_dir: Path
+) -> None:
+    """Write `val_batch{index}_labels.jpg` and `val_batch{index}_pred.jpg`."""
+    for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
+        plot_batch(batch.images, boxes, batch.paths, dict(names), save_dir / f"val_batch{index}_{kind}.jpg")
+
+
+def plot_evaluation(result: EvalResult, names: Mapping[int, str], save_dir: Path) -> None:
+    """Write the precision-recall, F1, P and R curves and the confusion matrix."""
+    plot_curves(result.ap, names, save_dir)
+    if result.confusion is not None:
+        plot_confusion(result.confusion.matrix, names, save_dir / "confusion_matrix.png")
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
