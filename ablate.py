@@ -12,54 +12,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import train
-from utils.config import ArgumentParser, UserError, check_minimum, closest, display_path, read_hyp, read_yaml
+from utils.config import ArgumentParser, UserError, check_minimum
 from utils.runtime import LOGGER, ROOT, relative, run_script, setup_logging
 
-OWN_TRAIN_FLAGS = ("cfg", "insert", "seed", "project", "name", "exist_ok", "resume")  # set per cell
-RESULT = "cell.json"  # written last: a cell that has it is done
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A name, and the options of `train.run` in which this arm differs from the recipe."""
-
-    name: str
-    options: dict[str, Any]
-
-    @property
-    def folder(self) -> str:
-        return re.sub(r"[^\w.+@-]+", "_", self.name)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm with one seed: what `train.run` gets, and the run folder."""
-
-    arm: str
-    seed: int
-    folder: Path
-    options: dict[str, Any]
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / RESULT).is_file()
+if TYPE_CHECKING:
+    from utils.trials import Cell
 
 
 def build_parser() -> ArgumentParser:
@@ -83,149 +54,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------------ the arms
-
-
-def arms_of(own: argparse.Namespace) -> list[Arm]:
-    """The arms that --cfg and --arm name, the baseline first.
-
-    Raises:
-        UserError: fewer than two, names or options given twice, an unknown key.
-    """
-    arms = []
-    for spec in own.cfg:
-        cfg, *gates = spec.split("+")
-        arms.append(Arm("+".join((Path(cfg).stem, *gates)), {"cfg": cfg, **({"insert": gates} if gates else {})}))
-    arms += [_arm(spec) for spec in own.arm]
-    if len(arms) < 2:
-        raise UserError("an ablation compares at least two arms: give --cfg two YAMLs, or --arm twice.")
-    for one, other in itertools.combinations(arms, 2):
-        if one.folder == other.folder:
-            raise UserError(f"two arms are called '{one.name}'. Give each a name of its own.")
-        if one.options == other.options:
-            raise UserError(f"the arms '{one.name}' and '{other.name}' are identical. Leave one out, or change it.")
-    return arms
-
-
-def _arm(spec: str) -> Arm:
-    name, colon, settings = spec.partition(":")
-    if not name or not colon:
-        raise UserError(f"--arm {spec}: expected NAME:KEY=VALUE,..., such as gain:cfg=yolov5n-se-last.yaml,gate=gain.")
-    options: dict[str, Any] = {}
-    for setting in filter(None, settings.split(",")):
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--arm {spec}: expected KEY=VALUE, found '{setting}'.")
-        if key in train_options():
-            options[key] = _train_value(key, value)
-        else:
-            options.setdefault("hyp_changes", {})[key] = _hyp_value(spec, key, value)
-    return Arm(name, options)
-
-
-def train_options() -> dict[str, argparse.Action]:
-    """train.py's options that an arm may set, by keyword."""
-    actions = {action.dest: action for action in train.build_parser()._actions if action.dest != "help"}
-    return {key: action for key, action in actions.items() if key not in OWN_TRAIN_FLAGS or key in ("cfg", "insert")}
-
-
-def _train_value(key: str, value: str) -> Any:
-    action = train_options()[key]
-    flag = max(action.option_strings, key=len)
-    if action.nargs == 0:
-        if value.lower() not in ("true", "false"):
-            raise UserError(f"--arm: {key}={value}: expected true or false.")
-        return value.lower() == "true"
-    return getattr(train.build_parser().parse_args([flag, *value.split()]), action.dest)
-
-
-def _hyp_value(spec: str, key: str, value: str) -> float:
-    known = read_hyp(ROOT / "data/hyps/hyp.scratch-low.yaml")
-    if key not in known:
-        hint = closest(key, [*train_options(), *known])
-        raise UserError(f"--arm {spec}: '{key}' is neither a flag of train.py nor a hyper-parameter.{hint}")
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--arm {spec}: {key}={value}: expected a number.") from None
-
-
-def seeds_of(words: Sequence[str]) -> list[int]:
-    """`8` is 0 to 7; `3 5` and `3,5` are these."""
-    parts = [part for word in words for part in str(word).split(",") if part]
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        raise UserError(f"--seeds {' '.join(words)}: expected whole numbers: how many seeds, or which.") from None
-    if len(numbers) == 1 and "," not in str(words[0]):
-        numbers = list(range(numbers[0]))
-    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {' '.join(words)}: expected at least one, none below 0 and none twice.")
-    return numbers
-
-
-# ----------------------------------------------------------------------------------------------------------- the splits
-
-
-def fold(images: Sequence[Path], seed: int, folds: int) -> tuple[list[Path], list[Path]]:
-    """(training, held-out) images of one seed: part `seed % folds` of a random order that `seed // folds` decides.
-
-    So `folds` consecutive seeds hold out every image once (cross-validation), and later seeds do so in another order.
-    """
-    import numpy as np
-
-    order = np.random.default_rng(seed // folds).permutation(len(images))
-    parts = np.array_split(order, folds)
-    held_out = parts.pop(seed % folds)
-    return [images[i] for i in sorted(np.concatenate(parts))], [images[i] for i in sorted(held_out)]
-
-
-def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, insist: bool) -> dict[int, str]:
-    """The dataset YAML of every seed: the given one, or one per seed with a held-out part of the training images.
-
-    Raises:
-        UserError: the dataset validates on its training images and neither `folds` nor `insist` says what to do.
-    """
-    from utils.dataloaders import prepare
-    from utils.labels import image_files
-    from utils.recorder import write_yaml
-
-    spec = prepare(data, task="train")
-    if not folds:
-        if set(image_files(spec.train)) & set(image_files(spec.val)):
-            advice = "--folds 4 holds out a fourth of the images, another one for every seed"
-            if not insist:
-                raise UserError(f"{data}: validates on its own training images, which measures memory. {advice}.")
-            LOGGER.warning(f"{data} validates on its own training images: the numbers show how much is remembered.")
-        return dict.fromkeys(seeds, data)
-    images = image_files(spec.train)
-    if not 2 <= folds <= len(images):
-        raise UserError(f"--folds {folds}: expected 2 to {len(images)}, the number of training images.")
-    files = {}
-    for seed in seeds:
-        texts = {}
-        for name, part in zip(("train", "val"), fold(images, seed, folds)):
-            texts[name] = folder / f"seed{seed}-{name}.txt"
-            texts[name].parent.mkdir(parents=True, exist_ok=True)
-            texts[name].write_text("".join(f"{path.resolve()}\n" for path in part), encoding="utf-8")
-        files[seed] = str(folder / f"seed{seed}.yaml")
-        write_yaml(Path(files[seed]), {**{k: str(v.resolve()) for k, v in texts.items()}, "names": spec.names})
-    return files
-
-
 # ------------------------------------------------------------------------------------------------------------ the cells
-
-
-def make_cells(arms: Sequence[Arm], seeds: Sequence[int], recipe: Mapping[str, Any], folder: Path) -> list[Cell]:
-    """All cells, seed by seed, so that whatever is finished early can be compared."""
-    cells = []
-    for seed, arm in itertools.product(seeds, arms):
-        options = {**recipe, **arm.options, "seed": seed}
-        changes = options.pop("hyp_changes", {})
-        if changes:
-            options["hyp"] = {**read_hyp(options["hyp"]), **changes}
-        cells.append(Cell(arm.name, seed, folder / "cells" / arm.folder / f"seed{seed}", options))
-    return cells
 
 
 def start_worker(threads: int, devices: Any) -> None:
@@ -275,6 +104,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     The last epoch is judged and not the best one: the best of many epochs was chosen on the images it is judged on.
     """
     from models.checkpoint import read
+    from utils.trials import RESULT
 
     begun = time.monotonic()
     with _logging_to(cell.folder / "log.txt"):
@@ -352,22 +182,22 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; a user's mistake raises UserError."""
     setup_logging()
     own, rest = build_parser().parse_known_args(argv)
-    recipe = vars(train.build_parser().parse_args(rest))
-    ablate(own, {key: value for key, value in recipe.items() if key not in OWN_TRAIN_FLAGS})
+    ablate(own, vars(train.build_parser().parse_args(rest)))
 
 
-def ablate(own: argparse.Namespace, recipe: dict[str, Any]) -> Path:
-    """Run what is missing of an ablation; its folder."""
+def ablate(own: argparse.Namespace, options: Mapping[str, Any]) -> Path:
+    """Run what is missing of an ablation, whose recipe are train.py's `options`; its folder."""
+    from utils.trials import PER_ARM, PER_CELL, arms_of, make_cells, same_recipe, seeds_of, write_splits
+
     check_minimum(own, jobs=1, folds=0)
-    arms, seeds, folder = arms_of(own), seeds_of(own.seeds), Path(own.project) / own.name
+    recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
+    arms = arms_of(own.cfg, own.arm, train.build_parser())
+    seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
     threads = max((os.cpu_count() or 1) // own.jobs, 1)
-    _same_recipe(folder, {"arms": {arm.name: arm.options for arm in arms}, "folds": own.folds, "recipe": recipe,
-                          "threads": threads})  # fmt: skip
+    fixed = {"arms": {arm.name: arm.options for arm in arms}, "folds": own.folds, "threads": threads, "recipe": recipe}
+    same_recipe(folder, fixed)
     splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
-    cells = [
-        Cell(cell.arm, cell.seed, cell.folder, {**cell.options, "data": splits[cell.seed]})
-        for cell in make_cells(arms, seeds, recipe, folder)
-    ]
+    cells = make_cells(arms, splits, recipe, folder)
     todo = [cell for cell in cells if not cell.done]
     LOGGER.info(f"{len(cells)} cells: {len(arms)} arms x {len(seeds)} seeds, {len(cells) - len(todo)} done already")
     with _pool(own, threads) as pool:
@@ -378,34 +208,6 @@ def ablate(own: argparse.Namespace, recipe: dict[str, Any]) -> Path:
         LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why}. Its log: {relative(cell.folder / 'log.txt')}")
     LOGGER.info(f"Results in {relative(folder)}")
     return folder
-
-
-def _same_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe of a new ablation; refuse another one in the folder of an old one, showing the difference."""
-    from utils.recorder import write_yaml
-
-    file = folder / "recipe.yaml"
-    plain = json.loads(json.dumps(recipe))
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_yaml(file, plain)
-        return
-    old = read_yaml(file).data
-    flat_old, flat_new = _flat(old), _flat(plain)
-    keys = [key for key in {**flat_old, **flat_new} if flat_old.get(key, "not set") != flat_new.get(key, "not set")]
-    if keys:
-        lines = [f"{key}: {flat_old.get(key, 'not set')!r} there, {flat_new.get(key, 'not set')!r} now" for key in keys]
-        raise UserError(
-            f"{display_path(file)}: another ablation stands in this folder ({'; '.join(lines[:6])})."
-            " Give --name a new name, or the old recipe again."
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _pool(own: argparse.Namespace, threads: int) -> ProcessPoolExecutor:

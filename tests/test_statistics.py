@@ -266,6 +266,11 @@ def test_seeds_needed(comparisons: int, seeds: int) -> None:
     assert comparisons * smallest_p(seeds) <= 0.05 < comparisons * smallest_p(seeds - 1)
 
 
+def test_a_corrected_p_of_exactly_alpha_is_small_enough() -> None:
+    assert seeds_needed(1, alpha=1 / 16) == 5
+    assert seeds_needed(3, alpha=3 / 64) == 7
+
+
 def test_the_smallest_p_is_that_of_differences_with_one_sign() -> None:
     for n in range(12):
         assert sign_flip_p(np.arange(1, n + 1)) == smallest_p(n)
@@ -318,6 +323,14 @@ def test_too_few_seeds_are_never_significant_however_clear() -> None:
     assert only(against_zero(*[1.0] * 6)).significant
     assert not compare(against_zero(*[1.0] * 6, arms=3), "plain")[0].significant
     assert compare(against_zero(*[1.0] * 7, arms=3), "plain")[0].significant
+
+
+def test_an_arm_with_failed_cells_needs_as_many_seeds_as_the_others() -> None:
+    values = {**against_zero(*[1.0] * 8), "fewer": dict.fromkeys(range(6), 1.0)}
+    _, fewer = compare(values, "plain")
+    assert fewer.p_holm <= 0.05  # by Holm's last factor alone, 1
+    assert not fewer.significant
+    assert "from 6 seeds: at least 7 would be needed for 2 comparisons" in fewer.sentence("mAP50")
 
 
 def test_an_unknown_baseline_is_named() -> None:

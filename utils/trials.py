@@ -1,0 +1,206 @@
+"""What an ablation consists of: its arms, seeds, splits and cells, and the recipe that all of them share."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.config import UserError, closest, display_path, read_hyp, read_yaml
+from utils.dataloaders import prepare
+from utils.labels import image_files
+from utils.recorder import write_yaml
+from utils.runtime import LOGGER, ROOT
+
+PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
+PER_ARM = ("cfg", "insert")  # and those that belong to an arm
+RESULT = "cell.json"  # written last: a cell that has it is done
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name, and the options of `train.run` in which this arm differs from the recipe."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.+@-]+", "_", self.name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed: what `train.run` gets, and the run folder."""
+
+    arm: str
+    seed: int
+    folder: Path
+    options: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RESULT).is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ the arms
+
+
+def arms_of(cfgs: Sequence[str], specs: Sequence[str], parser: argparse.ArgumentParser) -> list[Arm]:
+    """The arms that --cfg and --arm name, the baseline first; `parser` is train.py's.
+
+    Raises:
+        UserError: fewer than two, names or options given twice, an unknown key.
+    """
+    arms = []
+    for spec in cfgs:
+        cfg, *gates = spec.split("+")
+        arms.append(Arm("+".join((Path(cfg).stem, *gates)), {"cfg": cfg, **({"insert": gates} if gates else {})}))
+    arms += [_arm(spec, parser) for spec in specs]
+    if len(arms) < 2:
+        raise UserError("an ablation compares at least two arms: give --cfg two YAMLs, or --arm twice.")
+    for one, other in itertools.combinations(arms, 2):
+        if one.folder == other.folder:
+            raise UserError(f"two arms are called '{one.name}'. Give each a name of its own.")
+        if one.options == other.options:
+            raise UserError(f"the arms '{one.name}' and '{other.name}' are identical. Leave one out, or change it.")
+    return arms
+
+
+def _arm(spec: str, parser: argparse.ArgumentParser) -> Arm:
+    known = {action.dest: action for action in parser._actions if action.dest not in (*PER_CELL, "help")}
+    name, colon, settings = spec.partition(":")
+    if not name or not colon:
+        raise UserError(f"--arm {spec}: expected NAME:KEY=VALUE,..., such as gain:cfg=yolov5n-se-last.yaml,gate=gain.")
+    options: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--arm {spec}: expected KEY=VALUE, found '{setting}'.")
+        if key in known:
+            options[key] = _train_value(parser, known[key], value)
+        else:
+            options.setdefault("hyp_changes", {})[key] = _hyp_value(spec, key, value, list(known))
+    return Arm(name, options)
+
+
+def _train_value(parser: argparse.ArgumentParser, action: argparse.Action, value: str) -> Any:
+    flag = max(action.option_strings, key=len)
+    if action.nargs == 0:
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"--arm: {action.dest}={value}: expected true or false.")
+        return value.lower() == "true"
+    return getattr(parser.parse_args([flag, *value.split()]), action.dest)
+
+
+def _hyp_value(spec: str, key: str, value: str, flags: Sequence[str]) -> float:
+    known = read_hyp(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    if key not in known:
+        hint = closest(key, [*flags, *known])
+        raise UserError(f"--arm {spec}: '{key}' is neither a flag of train.py nor a hyper-parameter.{hint}")
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"--arm {spec}: {key}={value}: expected a number.") from None
+
+
+def seeds_of(words: Sequence[str]) -> list[int]:
+    """`8` is 0 to 7; `3 5` and `3,5` are these."""
+    parts = [part for word in words for part in str(word).split(",") if part]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise UserError(f"--seeds {' '.join(words)}: expected whole numbers: how many seeds, or which.") from None
+    if len(numbers) == 1 and "," not in str(words[0]):
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {' '.join(words)}: expected at least one, none below 0 and none twice.")
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------------- the splits
+
+
+def fold(images: Sequence[Path], seed: int, folds: int) -> tuple[list[Path], list[Path]]:
+    """(training, held-out) images of one seed: part `seed % folds` of a random order that `seed // folds` decides.
+
+    So `folds` consecutive seeds hold out every image once (cross-validation), and later seeds do so in another order.
+    """
+    order = np.random.default_rng(seed // folds).permutation(len(images))
+    parts = np.array_split(order, folds)
+    held_out = parts.pop(seed % folds)
+    return [images[i] for i in sorted(np.concatenate(parts))], [images[i] for i in sorted(held_out)]
+
+
+def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, insist: bool) -> dict[int, str]:
+    """The dataset YAML of every seed: the given one, or one per seed with a held-out part of the training images.
+
+    Raises:
+        UserError: the dataset validates on its training images and neither `folds` nor `insist` says what to do.
+    """
+    spec = prepare(data, task="train")
+    if not folds:
+        if set(image_files(spec.train)) & set(image_files(spec.val)):
+            advice = "--folds 4 holds out a fourth of the images, another one for every seed"
+            if not insist:
+                raise UserError(f"{data}: validates on its own training images, which measures memory. {advice}.")
+            LOGGER.warning(f"{data} validates on its own training images: the numbers show how much is remembered.")
+        return dict.fromkeys(seeds, data)
+    images = image_files(spec.train)
+    if not 2 <= folds <= len(images):
+        raise UserError(f"--folds {folds}: expected 2 to {len(images)}, the number of training images.")
+    files = {}
+    for seed in seeds:
+        texts = {}
+        for name, part in zip(("train", "val"), fold(images, seed, folds)):
+            texts[name] = folder / f"seed{seed}-{name}.txt"
+            texts[name].parent.mkdir(parents=True, exist_ok=True)
+            texts[name].write_text("".join(f"{path.resolve()}\n" for path in part), encoding="utf-8")
+        files[seed] = str(folder / f"seed{seed}.yaml")
+        write_yaml(Path(files[seed]), {**{k: str(v.resolve()) for k, v in texts.items()}, "names": spec.names})
+    return files
+
+
+def make_cells(arms: Sequence[Arm], splits: Mapping[int, str], recipe: Mapping[str, Any], folder: Path) -> list[Cell]:
+    """All cells, seed by seed, so that whatever is finished early can be compared; `splits` is seed -> dataset YAML."""
+    cells = []
+    for (seed, data), arm in itertools.product(splits.items(), arms):
+        options = {**recipe, **arm.options, "seed": seed, "data": data}
+        changes = options.pop("hyp_changes", {})
+        if changes:
+            options["hyp"] = {**read_hyp(options["hyp"]), **changes}
+        cells.append(Cell(arm.name, seed, folder / "cells" / arm.folder / f"seed{seed}", options))
+    return cells
+
+
+def same_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Write the recipe of a new ablation; refuse another one in the folder of an old one, showing the difference."""
+    file = folder / "recipe.yaml"
+    plain = json.loads(json.dumps(recipe))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_yaml(file, plain)
+        return
+    old = read_yaml(file).data
+    flat_old, flat_new = _flat(old), _flat(plain)
+    keys = [key for key in {**flat_old, **flat_new} if flat_old.get(key, "not set") != flat_new.get(key, "not set")]
+    if keys:
+        lines = [f"{key}: {flat_old.get(key, 'not set')!r} there, {flat_new.get(key, 'not set')!r} now" for key in keys]
+        raise UserError(
+            f"{display_path(file)}: another ablation stands in this folder ({'; '.join(lines[:6])})."
+            " Give --name a new name, or the old recipe again."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
