@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check format types ci clean
+.PHONY: help demo test fast exact check format types ci clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ test: $(READY) ## run every test
 
 fast: $(READY) ## run the tests that take seconds
 	$(PY) -m pytest -m "not slow"
+
+exact: $(READY) ## every gate at every place of every network, bit for bit (hours)
+	EXACT=all $(PY) -m pytest tests/test_exact.py -s
 
 check: $(READY) ## what to run before every commit: format, lint, types, fast tests
 	$(VENV)/bin/ruff format --check .

@@ -139,12 +139,7 @@ def transfer(
         UserError: the checkpoint was saved with folded batch norms, or is of a classification network; a neutral start
             is asked for rows matched by index, which leaves nothing for the gate to be neutral about.
     """
-    if mode not in ("aligned", "index"):
-        raise UserError(f"--transfer {mode}: unknown. Write 'aligned' or 'index'.")
-    if gate not in (None, *GATE_STARTS):
-        raise UserError(f"--gate {gate}: unknown. Write one of {', '.join(GATE_STARTS)}.")
-    if mode == "index" and gate in ("absorbed", "gain"):
-        raise UserError(f"--gate {gate} needs --transfer aligned: matched by index, the layers behind a gate are lost.")
+    _check_words(mode, gate)
     name = display_path(checkpoint.path)
     if checkpoint.fused:
         raise UserError(
@@ -175,6 +170,15 @@ def transfer(
         tuple(wiring_warnings(source, target, pairs, name)) if aligned else (),
         tuple(gates),
     )
+
+
+def _check_words(mode: str, gate: str | None) -> None:
+    if mode not in ("aligned", "index"):
+        raise UserError(f"--transfer {mode}: unknown. Write 'aligned' or 'index'.")
+    if gate not in (None, *GATE_STARTS):
+        raise UserError(f"--gate {gate}: unknown. Write one of {', '.join(GATE_STARTS)}.")
+    if mode == "index" and gate in ("absorbed", "gain"):
+        raise UserError(f"--gate {gate} needs --transfer aligned: matched by index, the layers behind a gate are lost.")
 
 
 def _inserted_gates(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> list[int]:

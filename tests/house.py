@@ -55,6 +55,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.engine",
         "utils.training",
         "utils.recorder",
+        "utils.trials",
         "utils.drawing",
         "utils.plots",
         "utils.report",
