@@ -193,7 +193,7 @@ def test_a_gate_that_came_with_the_checkpoint_is_copied_and_not_neutralised(tmp_
     assert torch.equal(second.model[10].l2.weight, first.model[10].l2.weight)
 
 
-# ---------------------------------------------------------------------------------------------------- what users ask for
+# --------------------------------------------------------------------------------------------------- what users ask for
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""Experiments: arms and seeds as they are asked for, splits that hold out, cells that are run once and go on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ablate
+import train
+from tests.conftest import TinyDataset
+from utils.config import UserError
+from utils.trials import Arm, arms_of, fold, make_cells, same_recipe, seeds_of, write_splits
+
+
+def arms(*cfgs: str, arm: tuple[str, ...] = ()) -> list[Arm]:
+    return arms_of(cfgs, arm, train.build_parser())
+
+
+# ------------------------------------------------------------------------------------------------------ arms and seeds
+
+
+def test_an_arm_is_a_yaml_or_a_yaml_with_gates() -> None:
+    plain, gated, two = arms("models/yolov5n.yaml", "yolov5n.yaml+SE@after:SPPF", "yolov5n.yaml+SE:8@at:10+ECA@at:4")
+    assert (plain.name, plain.options) == ("yolov5n", {"cfg": "models/yolov5n.yaml"})
+    assert gated.options == {"cfg": "yolov5n.yaml", "insert": ["SE@after:SPPF"]} and "SE@after" in gated.name
+    assert two.options["insert"] == ["SE:8@at:10", "ECA@at:4"] and "/" not in two.folder and ":" not in two.folder
+
+
+def test_an_arm_may_differ_in_flags_and_hyper_parameters() -> None:
+    _, arm = arms("a.yaml", arm=("frozen:cfg=b.yaml,gate=absorbed,freeze=10 10,lr0=0.02,cos_lr=true",))
+    assert arm.name == "frozen"
+    assert arm.options == {
+        "cfg": "b.yaml",
+        "gate": "absorbed",
+        "freeze": [10, 10],
+        "hyp_changes": {"lr0": 0.02},
+        "cos_lr": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("cfgs", "specs", "message"),
+    [
+        (["a.yaml"], [], "at least two arms"),
+        (["a.yaml", "b.yaml"], ["a:gate=gain"], "two arms are called 'a'"),
+        (["a.yaml"], ["same:cfg=a.yaml"], "identical"),
+        (["a.yaml"], ["x"], "expected NAME:KEY=VALUE"),
+        (["a.yaml"], ["x:gate"], "expected KEY=VALUE, found 'gate'"),
+        (["a.yaml"], ["x:gaet=gain"], "neither a flag of train.py nor a hyper-parameter. Did you mean 'gate'"),
+        (["a.yaml"], ["x:lr0=fast"], "lr0=fast: expected a number"),
+        (["a.yaml"], ["x:cos_lr=maybe"], "expected true or false"),
+    ],
+)
+def test_what_no_arm_can_be_is_answered_in_a_line(cfgs: list[str], specs: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        arms_of(cfgs, specs, train.build_parser())
+    assert message in str(caught.value)
+
+
+def test_seeds_are_a_number_or_a_list() -> None:
+    assert seeds_of(["4"]) == [0, 1, 2, 3] and seeds_of(["3", "5"]) == [3, 5] and seeds_of(["3,5"]) == [3, 5]
+    assert seeds_of(["7,"]) == [7]
+    for words in (["many"], ["0"], ["1", "1"], ["-1", "2"], ["1.5"]):
+        with pytest.raises(UserError, match="--seeds"):
+            seeds_of(words)
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_consecutive_seeds_hold_out_every_image_once() -> None:
+    images = [Path(f"{number}.jpg") for number in range(10)]
+    held = [fold(images, seed, 4) for seed in range(8)]
+    for train_part, val_part in held:
+        assert not set(train_part) & set(val_part) and set(train_part) | set(val_part) == set(images)
+    for first in (0, 4):
+        parts = [set(val_part) for _, val_part in held[first : first + 4]]
+        assert set().union(*parts) == set(images) and sum(map(len, parts)) == 10
+    assert held[0][1] != held[4][1] and fold(images, 0, 4) == held[0]
+
+
+def test_validating_on_the_training_images_must_be_insisted_on(own_tiny_dataset: TinyDataset, said: list[str]) -> None:
+    yaml, folder = own_tiny_dataset.yaml, own_tiny_dataset.root / "splits"
+    assert write_splits(str(yaml), [0, 1], 0, folder, insist=False) == {0: str(yaml), 1: str(yaml)}
+    yaml.write_text(yaml.read_text(encoding="utf-8").replace("val: images/val", "val: images/train"), encoding="utf-8")
+    with pytest.raises(UserError, match="which measures memory"):
+        write_splits(str(yaml), [0], 0, folder, insist=False)
+    write_splits(str(yaml), [0], 0, folder, insist=True)
+    assert any("how much is remembered" in line for line in said)
+    with pytest.raises(UserError, match="--folds 9: expected 2 to 8"):
+        write_splits(str(yaml), [0], 9, folder, insist=False)
+    split = write_splits(str(yaml), [3], 4, folder, insist=False)[3]
+    lines = [
+        Path(split).with_name(f"seed3-{part}.txt").read_text(encoding="utf-8").split() for part in ("train", "val")
+    ]
+    assert [len(part) for part in lines] == [6, 2] and not set(lines[0]) & set(lines[1])
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_shown(tmp_path: Path) -> None:
+    same_recipe(tmp_path, {"recipe": {"epochs": 3, "hyp": None}, "folds": 0})
+    same_recipe(tmp_path, {"recipe": {"epochs": 3, "hyp": None}, "folds": 0})
+    with pytest.raises(UserError, match=r"recipe\.epochs: 3 there, 5 now.*--name"):
+        same_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
+
+
+def test_cells_go_seed_by_seed_with_the_arms_hyper_parameters(tmp_path: Path) -> None:
+    recipe = vars(train.build_parser().parse_args([]))
+    both = [Arm("a", {"cfg": "a.yaml"}), Arm("b", {"cfg": "a.yaml", "hyp_changes": {"lr0": 0.5}})]
+    cells = make_cells(both, {0: "x.yaml", 1: "y.yaml"}, recipe, tmp_path)
+    assert [(cell.arm, cell.seed, cell.options["data"]) for cell in cells] == [
+        ("a", 0, "x.yaml"),
+        ("b", 0, "x.yaml"),
+        ("a", 1, "y.yaml"),
+        ("b", 1, "y.yaml"),
+    ]
+    assert cells[1].options["hyp"]["lr0"] == 0.5 and cells[0].options["hyp"] == recipe["hyp"]
+    assert "hyp_changes" not in cells[1].options and cells[3].options["seed"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the running
+
+
+def options(data: Path, project: Path, **changes: Any) -> tuple[argparse.Namespace, dict[str, Any]]:
+    own = ablate.build_parser().parse_args(["--project", str(project), "--seeds", "2", "--folds", "2"])
+    own.cfg = ["yolov5n.yaml", "yolov5n.yaml+SE@after:SPPF"]
+    for key, value in changes.items():
+        setattr(own, key, value)
+    words = (
+        f"--data {data} --weights yolov5n-shapes.pt --epochs 1 --img 64 --batch 4 --workers 0 --noplots --device cpu"
+    )
+    return own, vars(train.build_parser().parse_args(words.split()))
+
+
+@pytest.mark.slow
+def test_an_ablation_runs_every_cell_once_and_goes_on(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    own, recipe = options(own_tiny_dataset.yaml, tmp_path / "runs")
+    folder = ablate.ablate(own, recipe)
+    results = {file.parent: json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("cell.json")}
+    assert len(results) == 4 and {entry["seed"] for entry in results.values()} == {0, 1}
+    for cell, entry in results.items():
+        with np.load(cell / "judged.npz", allow_pickle=False) as judged:
+            assert len(judged["paths"]) == 4 and judged["truth"].shape == (8, 5)
+        assert set(entry) >= {"precision", "recall", "mAP50", "mAP50-95", "per_class", "seconds"}
+        assert (cell / "results.csv").is_file() and (cell / "log.txt").stat().st_size > 0
+    stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("last.pt")}
+    victim = next(cell for cell in results if results[cell]["seed"] == 1)
+    (victim / "cell.json").unlink()  # as if it had been killed while judging
+    ablate.ablate(own, recipe)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("last.pt")} == stamps
+    again = json.loads((victim / "cell.json").read_text(encoding="utf-8"))
+    assert {**again, "seconds": 0} == {**results[victim], "seconds": 0}
+
+
+@pytest.mark.slow
+def test_a_broken_arm_is_found_before_anything_is_trained(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    own, recipe = options(own_tiny_dataset.yaml, tmp_path / "runs", cfg=["yolov5n.yaml", "yolov5n.yaml+SE@after:SPFF"])
+    with pytest.raises(UserError, match=r"arm 'yolov5n.SE@after:SPFF': .*SPFF.*Did you mean"):
+        ablate.ablate(own, recipe)
+    assert not list((tmp_path / "runs").rglob("cell.json"))
