@@ -482,6 +482,8 @@ def test_arguments_that_cannot_work_are_refused() -> None:
         EMA(16, 16, 0)
     with pytest.raises(ValueError, match="would divide by zero"):
         SimAM(16, 16, 0.0)
-    for kind in (CBAM, CoordAtt, SCSE, GlobalContext, GAM):
+    with pytest.raises(ValueError, match="use a whole number from 1"):
+        CoordAtt(16, 16, 0)
+    for kind in (CBAM, SCSE, GlobalContext, GAM):
         with pytest.raises(ValueError, match="squeeze to none"):
             kind(16, 16, 17)

@@ -195,6 +195,14 @@ def test_the_dataset_example_is_a_valid_dataset(tmp_path: Path, monkeypatch: pyt
         assert spec.train == (tmp_path.resolve() / "fruit/images/train",)
 
 
+def test_the_gate_of_ones_own_is_the_one_that_is_tested() -> None:
+    from tests.test_attention import OWN_GATE
+
+    for document in READMES:
+        (example,) = [content for language, content in fenced(read(document)) if language == "python"]
+        assert example.strip() == OWN_GATE.strip()
+
+
 def test_the_readmes_name_every_flag_that_is_refused() -> None:
     from train import NOT_OFFERED
 

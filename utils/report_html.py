@@ -1,0 +1,300 @@
+"""A report's blocks as one HTML page without scripts or anything from outside, and its charts as inline SVG.
+
+Colours are CSS variables, so that charts follow light and dark; every text is escaped here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from utils.config import UserError, display_path
+
+IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
+PANEL_WH, ROW_WIDTH, ROW_HEIGHT = (300, 190), 400, 52  # user units; about CSS pixels on a phone
+LONGEST_LABEL = 56  # characters that fit into ROW_WIDTH
+EDGES_LRTB = (34, 10, 8, 34)  # room around a panel for its axes: left, right, top, bottom
+
+STYLE = """
+:root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --muted: #59636e; --line: #d1d9e0; --soft: #f3f5f7;
+  --accent: #0063a6; --warn: #8a3b00; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14181d; --fg: #e6e9ec; --muted: #9aa5b1; --line: #38414b;
+  --soft: #1d232a; --accent: #62b7f0; --warn: #f2ab6d; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--bg); color: var(--fg);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.25; text-wrap: balance; }
+h2 { margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.3rem; }
+p, ul { max-width: 44rem; }
+ul { padding-left: 1.2rem; }
+li { margin: .3rem 0; }
+.warning { border-left: .25rem solid var(--warn); padding-left: .75rem; color: var(--warn); font-weight: 600; }
+figure { margin: 1.25rem 0; }
+figcaption { max-width: 44rem; margin-bottom: .5rem; color: var(--muted); font-size: .9rem; }
+.scroll { overflow-x: auto; }
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+  white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; background: var(--soft); }
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--bg); min-width: 5rem; max-width: 12rem;
+  white-space: normal; overflow-wrap: anywhere; }
+thead th:first-child { background: var(--soft); }
+td.words { text-align: left; white-space: normal; min-width: 9rem; }
+pre { margin: 0; padding: .75rem; background: var(--soft); font-size: .85rem; }
+summary { cursor: pointer; margin: 1rem 0 .5rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
+.panels figure { margin: 0; }
+.panels figcaption { margin: 0; color: var(--fg); font-weight: 600; }
+.wide { max-width: 36rem; }
+svg, img { display: block; width: 100%; height: auto; }
+svg { fill: currentColor; font: 11px system-ui, sans-serif; }
+svg .axis { stroke: var(--line); }
+svg .zero { stroke: var(--fg); }
+svg .tick { fill: var(--muted); }
+svg .band { fill: var(--accent); fill-opacity: .22; }
+svg .mean { fill: none; stroke: var(--accent); stroke-width: 2.2; }
+svg .base { fill: none; stroke: var(--fg); stroke-width: 1.5; stroke-dasharray: 5 4; }
+svg .dot { fill: var(--accent); fill-opacity: .6; stroke: var(--bg); stroke-width: .7; }
+svg .whisker { stroke: var(--fg); stroke-width: 2; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Items:
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column names the row; columns of numbers are set to the right, those with words to the left."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Charts:
+    """SVG drawings made here, each under its label; the only strings that are not escaped."""
+
+    caption: str
+    panels: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Code:
+    caption: str
+    text: str
+    folded: bool = False
+
+
+Block = Heading | Text | Items | Table | Charts | Picture | Code
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def page(title: str, blocks: Sequence[Block]) -> str:
+    """The whole HTML file."""
+    body = "\n".join(_block(block) for block in blocks)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{escape(text)}</h2>"
+        case Text(text, warning):
+            return f'<p class="warning">{escape(text)}</p>' if warning else f"<p>{escape(text)}</p>"
+        case Items(texts):
+            return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+        case Table():
+            return _table(block)
+        case Charts(caption, panels):
+            return f"<figure><figcaption>{escape(caption)}</figcaption>{_panels(panels)}</figure>"
+        case Picture(caption, file):
+            return f"<figure><figcaption>{escape(caption)}</figcaption>{_image(file, caption)}</figure>"
+        case Code(caption, text, folded):
+            code = _scroll(caption, f"<pre>{escape(text)}</pre>")
+            if folded:
+                return f"<details><summary>{escape(caption)}</summary>{code}</details>"
+            return f"<figure><figcaption>{escape(caption)}</figcaption>{code}</figure>"
+
+
+def _scroll(label: str, inside: str) -> str:
+    """Scrolls sideways on its own; with a tab stop, so that a keyboard can do it, too."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{inside}</div>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    words = [any(cell[:1].isalpha() for cell in column) for column in zip(*table.rows)]
+    rows = []
+    for name, *cells in table.rows:
+        shown = (
+            f'<td class="words">{escape(c)}</td>' if w else f"<td>{escape(c)}</td>" for c, w in zip(cells, words[1:])
+        )
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(shown)}</tr>')
+    inside = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<figure><figcaption>{escape(table.caption)}</figcaption>{_scroll(table.caption, inside)}</figure>"
+
+
+def _panels(panels: Sequence[tuple[str, str]]) -> str:
+    if len(panels) == 1:
+        return f'<div class="wide">{panels[0][1]}</div>'
+    figures = (f"<figure><figcaption>{escape(label)}</figcaption>{svg}</figure>" for label, svg in panels)
+    return f'<div class="panels">{"".join(figures)}</div>'
+
+
+def _image(file: Path, caption: str) -> str:
+    kind = IMAGE_TYPES.get(file.suffix.lower())
+    if kind is None:
+        raise UserError(f"{display_path(file)}: a report shows {', '.join(IMAGE_TYPES)} only.")
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    return f'<img alt="{escape(caption)}" src="data:{kind};base64,{data}">'
+
+
+# ---------------------------------------------------------------------------------------------------------- the charts
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers within low..high, at most `most` steps apart; at least one."""
+    rough = max(high - low, 1e-9) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _svg(size_wh: tuple[float, float], label: str, parts: Sequence[str]) -> str:
+    width, height = size_wh
+    title = escape(label)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", css: str = "tick") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _stack(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs (e,), from 1, that have any finite value, and the values (curves, e), NaN where a curve has ended."""
+    table = np.full((len(curves), max(map(len, curves), default=0)), np.nan)
+    for row, curve in zip(table, curves):
+        row[: len(curve)] = curve
+    table[~np.isfinite(table)] = np.nan
+    some = np.isfinite(table).any(0)
+    return np.flatnonzero(some) + 1, table[:, some]
+
+
+def curve_panel(
+    label: str, curves: Sequence[np.ndarray], baseline: Sequence[np.ndarray], extent: tuple[int, float]
+) -> str:
+    """Mean of the curves over epochs, a band from the lowest to the highest, and the baseline's mean dashed.
+
+    Args:
+        extent: last epoch and highest value, the same for all panels that are to be compared.
+    """
+    (width, height), (left, right, top, bottom) = PANEL_WH, EDGES_LRTB
+    last, highest = max(extent[0], 2), max(extent[1], 1e-9)
+
+    def x(epoch: float) -> float:
+        return left + (epoch - 1) / (last - 1) * (width - left - right)
+
+    def y(value: float) -> float:
+        return height - bottom - value / highest * (height - top - bottom)
+
+    def path(epochs: np.ndarray, values: np.ndarray) -> str:
+        return " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, values))
+
+    parts = []
+    for value in ticks(0, highest, 4):
+        parts += [
+            _line("axis", left, y(value), width - right, y(value)),
+            _text(left - 5, y(value) + 4, f"{value:g}", "end"),
+        ]
+    whole = [1, *(int(tick) for tick in ticks(1, last) if tick == int(tick) and tick > 1 + 0.1 * last)]
+    parts += [_text(x(epoch), height - bottom + 15, str(epoch), "middle") for epoch in whole]
+    parts.append(_text((left + width - right) / 2, height - 4, "epoch", "middle"))
+    epochs, table = _stack(curves)
+    if len(epochs) and len(curves) > 1:
+        band = path(epochs, np.nanmax(table, 0)) + " " + path(epochs[::-1], np.nanmin(table, 0)[::-1])
+        parts.append(f'<polygon class="band" points="{band}"/>')
+    for css, group in (("base", baseline), ("mean", curves)):
+        epochs, table = _stack(group)
+        if len(epochs):
+            parts.append(f'<polyline class="{css}" points="{path(epochs, np.nanmean(table, 0))}"/>')
+    return _svg(PANEL_WH, label, parts)
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """One arm in the plot of differences: a value per seed, their mean and its interval (NaN where there is none)."""
+
+    label: str
+    by_seed: Mapping[int, float]
+    mean: float
+    interval: tuple[float, float]
+
+
+def difference_plot(label: str, rows: Sequence[DifferenceRow]) -> str:
+    """A dot per seed, a diamond at the mean, a bar over its interval, and a line at no difference."""
+    values = [v for row in rows for v in (*row.by_seed.values(), *row.interval) if math.isfinite(v)]
+    margin = 0.06 * (max([0.0, *values]) - min([0.0, *values])) or 0.01
+    low, high = min([0.0, *values]) - margin, max([0.0, *values]) + margin
+    bottom = len(rows) * ROW_HEIGHT + 6
+
+    def x(value: float) -> float:
+        return 12 + (value - low) / (high - low) * (ROW_WIDTH - 24)
+
+    parts = [_line("axis", x(tick), 4, x(tick), bottom) for tick in ticks(low, high)]
+    parts += [_text(x(tick), bottom + 14, f"{tick:+g}" if tick else "0", "middle") for tick in ticks(low, high)]
+    parts += [_line("zero", x(0), 4, x(0), bottom), _text(ROW_WIDTH / 2, bottom + 30, label, "middle")]
+    for index, row in enumerate(rows):
+        top = index * ROW_HEIGHT
+        middle = top + 34
+        short = row.label if len(row.label) <= LONGEST_LABEL else row.label[: LONGEST_LABEL - 1] + "…"
+        parts.append(_text(12, top + 16, short, css="name"))
+        if math.isfinite(row.interval[0]):
+            parts.append(_line("whisker", x(row.interval[0]), middle, x(row.interval[1]), middle))
+        for place, (seed, value) in enumerate(row.by_seed.items()):
+            shift = 6 * (place % 3 - 1)  # dots of equal values stay visible
+            about = f"<title>{escape(row.label)}, seed {seed}: {value:+.4f}</title>"
+            parts.append(f'<circle class="dot" cx="{x(value):.1f}" cy="{middle + shift}" r="4">{about}</circle>')
+        if math.isfinite(row.mean):
+            corner = x(row.mean)
+            parts.append(
+                f'<path d="M{corner - 6:.1f} {middle}l6 -6 6 6 -6 6z"><title>mean {row.mean:+.4f}</title></path>'
+            )
+    return _svg((ROW_WIDTH, bottom + 38), label, parts)
