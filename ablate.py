@@ -15,6 +15,9 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -175,21 +178,125 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
     }
 
 
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
+    """Add to `arms.json` what each arm costs to run, and what its gates do on the held-out images of its first seed."""
+    import torch
+
+    from models.absorb import gates_in
+    from models.checkpoint import load_model
+    from models.inspect_gates import HEADER, inspect_gates
+    from models.measure import gflops, latencies
+    from utils.dataloaders import prepare
+    from utils.images import read_image
+    from utils.labels import image_files
+
+    file = folder / "arms.json"
+    arms = json.loads(file.read_text(encoding="utf-8"))
+    first = {cell.arm: cell for cell in reversed(cells) if cell.done}
+    if not first:
+        return
+    device = train.select_device(_device(next(iter(first.values()))))
+    models = {
+        arm: load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
+        for arm, cell in first.items()
+    }
+    size = next(iter(first.values())).options["imgsz"]
+    image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    for (arm, model), milliseconds in zip(models.items(), latencies(list(models.values()), image)):
+        stride = max(int(model.stride.max()), 32)
+        arms[arm].update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            model(image)
+            arms[arm]["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        if gates_in(model):
+            paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]
+            found = inspect_gates(model, (read_image(path) for path in paths), size)
+            arms[arm]["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
+    file.write_text(json.dumps(arms, indent=1), encoding="utf-8")
+
+
+def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tuple[str, Path]]:
+    """Held-out images of the first seed with its labels and with what each arm found, side by side."""
+    import numpy as np
+    import torch
+
+    from utils.dataloaders import prepare
+    from utils.drawing import plot_batch
+    from utils.images import read_image
+
+    seed = next((cell.seed for cell in cells if cell.done), None)
+    shown = [cell for cell in cells if cell.done and cell.seed == seed]
+    if not shown:
+        return []
+    names = prepare(shown[0].options["data"]).names
+    judged = [np.load(cell.folder / "judged.npz", allow_pickle=False) for cell in shown]
+    busiest = np.bincount(judged[0]["truth_image"], minlength=len(judged[0]["paths"])).argsort()[::-1]
+    pictures = []
+    for number in busiest[:count]:
+        path = Path(str(judged[0]["paths"][number]))
+        boxes = [judged[0]["truth"][judged[0]["truth_image"] == number]]
+        for file in judged:
+            found = file["detections"][file["detection_image"] == number]
+            boxes.append(np.concatenate((found[:, 5:6], found[:, :5]), 1))
+        image = torch.from_numpy(read_image(path)[..., ::-1].copy()).permute(2, 0, 1)
+        titles, picture = ["labels", *(cell.arm for cell in shown)], folder / f"sample-{path.stem}.jpg"
+        plot_batch(image.expand(len(titles), -1, -1, -1), boxes, titles, names, picture)
+        pictures.append((f"{path.name}, held out by seed {seed}: the labels, then what each arm found", picture))
+    return pictures
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    done = git and subprocess.run([git, "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done and done.returncode == 0 else "not a git checkout"
+
+
+def write_report(cells: Sequence[Cell], folder: Path, command: str) -> None:
+    """report.md, results.csv and report.html of everything that is finished."""
+    import platform
+
+    import numpy
+    import torch
+
+    from utils import report
+
+    measure_arms(cells, folder)
+    environment = {
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "Python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
+    files = report.write(
+        report.load(folder), folder, command=command, environment=environment, pictures=draw_samples(cells, folder)
+    )
+    LOGGER.info(f"Report: {', '.join(relative(file) for file in files)}")
+
+
 # ------------------------------------------------------------------------------------------------------------ the whole
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; a user's mistake raises UserError."""
     setup_logging()
-    own, rest = build_parser().parse_known_args(argv)
-    ablate(own, vars(train.build_parser().parse_args(rest)))
+    words = sys.argv[1:] if argv is None else argv
+    own, rest = build_parser().parse_known_args(words)
+    ablate(own, vars(train.build_parser().parse_args(rest)), words)
 
 
-def ablate(own: argparse.Namespace, options: Mapping[str, Any]) -> Path:
-    """Run what is missing of an ablation, whose recipe are train.py's `options`; its folder."""
+def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequence[str] = ()) -> Path:
+    """Run what is missing of an ablation, whose recipe are train.py's `options`, and report it; its folder."""
+    from utils.statistics import scipy_stats
     from utils.trials import PER_ARM, PER_CELL, arms_of, make_cells, same_recipe, seeds_of, write_splits
 
     check_minimum(own, jobs=1, folds=0)
+    scipy_stats()  # its absence should not be found after hours of training
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
     seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
@@ -206,7 +313,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any]) -> Path:
         failed = _run_all(pool, todo)
     for cell, why in failed:
         LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why}. Its log: {relative(cell.folder / 'log.txt')}")
-    LOGGER.info(f"Results in {relative(folder)}")
+    write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
     return folder
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,24 @@ def profile_layer(layer: Any, x: Any, *, header: bool) -> float:
         LOGGER.info(f"{'time (ms)':>10} {'GFLOPs':>10} {'params':>10}  module")
     LOGGER.info(f"{watch.seconds * 100:>10.2f} {operations:>10.2f} {layer.np:>10}  {layer.type}")
     return watch.seconds * 100
+
+
+@torch.inference_mode()
+def latencies(models: Sequence[nn.Module], images: Tensor, rounds: int = 50) -> list[float]:
+    """Milliseconds of a forward pass of each network, as medians.
+
+    The networks take turns within every round, in another order each time, so that what slows the machine down for a
+    while slows all of them.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for number in range(rounds + 3):  # the first three warm up
+        for index in np.random.default_rng(number).permutation(len(models)):
+            watch = Stopwatch(images.device)
+            with watch:
+                models[index](images)
+            if number >= 3:
+                times[index].append(watch.seconds * 1e3)
+    return [float(np.median(values)) for values in times]
 
 
 def profile_training(model: nn.Module, images: Tensor) -> None:

@@ -249,3 +249,17 @@ def test_the_command_writes_a_checkpoint_that_is_read_like_any_other(shapes: Pat
     assert output_difference(model, read(shapes), checkpoint.names) == 0
     with pytest.raises(UserError, match="exists already"):
         run(arguments)
+
+
+@pytest.mark.parametrize("cfg", ["yolov5n-se-last.yaml", "yolov5n-se-presppf.yaml"])
+@pytest.mark.parametrize("gate", ["absorbed", "gain"])
+def test_trained_weights_give_the_same_bits_fused_and_in_mixed_precision(shapes: Path, cfg: str, gate: str) -> None:
+    plain, gated = start("", shapes)[0].eval(), start(cfg, shapes, gate=gate)[0].eval()
+    x = torch.rand(2, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+    for part in (plain, gated):
+        part.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(plain(x)[0], gated(x)[0])
+        assert torch.equal(plain.fuse()(x)[0], gated.fuse()(x)[0])
+        assert torch.equal(plain.half()(x.half())[0], gated.half()(x.half())[0])

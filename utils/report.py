@@ -1,33 +1,27 @@
-"""The report of an ablation: `report.md`, `results.csv` and `report.html`, made of one list of blocks, so they agree.
+"""The report of an ablation: `report.md`, `results.csv` and `report.html`, the first and last from the same blocks.
 
-`load` reads what `ablate.py` left, `write` judges and writes it. Only cells that are done count.
+    ablation = load("runs/ablate/exp")
+    write(ablation, ablation.folder, command="python ablate.py ...", environment={"commit": "...", "machine": "..."})
+
+Unfinished cells are left out and named. Nothing is drawn or trained here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import json
+import math
 import os
-import re
-import statistics
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-from zipfile import BadZipFile
 
 import numpy as np
-import torch
+import yaml
 
-from utils.boxes import box_iou
-from utils.config import UserError, display_path, load_dataset, read_yaml
+from utils.config import UserError, display_path, load_dataset
 from utils.labels import image_files
-from utils.metrics import IOU_THRESHOLDS, AveragePrecision, match
+from utils.report_data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
 from utils.report_html import (
     Block,
     Charts,
@@ -40,214 +34,385 @@ from utils.report_html import (
     Text,
     curve_panel,
     difference_plot,
+    markdown,
     page,
 )
-from utils.statistics import Comparison, Judged, compare, image_bootstrap_seeds, paired_differences, seeds_needed
+from utils.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
 
-PRIMARY, SECOND = "mAP50-95", "mAP50"
-METRICS = ("precision", "recall", SECOND, PRIMARY)
+__all__ = ["load", "write"]
+
 COSTS = {
     "parameters": "parameters",
     "gflops": "GFLOPs",
-    "latency_ms": "latency (ms)",
-    "memory_mb": "memory (MB)",
+    "latency_ms": "latency, ms",
+    "memory_mb": "memory, MB",
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
 }
 GATE_COLUMNS = ("layer", "gate", "mean", "channels", "images", "positions", "saturated", "from neutral", "verdict")
-SIZES = ("small", "medium", "large")
-SIZE_EDGES = (32**2, 96**2)  # COCO's, here as areas of boxes in pixels of the original image
+SIZE_LIMITS = ("below 32² px", "32² to 96² px", "96² px and more")
 CLASSES_SHOWN = 10
-RESAMPLES = 300  # of the images: each end of the interval is then known to a twelfth of the interval's half
-CURVE_COLUMN = "metrics/mAP_0.5"
-AGAIN = "Delete the cell's cell.json and give the ablation's command again: it is judged anew."
+RESAMPLES = 300  # of the images: half an interval is then off by a tenth or so, with 1,000 by a twentieth
+MISSING = "-"
 
 
-# -------------------------------------------------------------------------------------------------------- what was found
+def write(
+    ablation: Ablation,
+    folder: str | Path,
+    *,
+    command: str,
+    environment: Mapping[str, str],
+    pictures: Sequence[tuple[str, Path]] = (),
+    resamples: int = RESAMPLES,
+) -> tuple[Path, Path, Path]:
+    """Write `report.md`, `results.csv` and `report.html` into a folder; their paths.
 
+    Each replaces the old one in a single step, and none is touched before all three are on the disk.
 
-@dataclass(frozen=True, eq=False)
-class Boxes:
-    """What one cell found on its images, and the labels there; boxes are xyxy in pixels of the original images."""
-
-    paths: list[str]
-    detections: np.ndarray  # (n, 6) of xyxy, confidence, class; by image, most confident first
-    image: np.ndarray  # (n,) index into paths
-    truth: np.ndarray  # (t, 5) of class, xyxy
-    truth_image: np.ndarray  # (t,)
-
-    @cached_property
-    def matched(self) -> tuple[np.ndarray, np.ndarray]:
-        """`match`'s result (n, thresholds), and which label each detection overlaps most in its class, -1 for none."""
-        correct = np.zeros((len(self.detections), len(IOU_THRESHOLDS)), bool)
-        label = np.full(len(self.detections), -1)
-        for index in range(len(self.paths)):
-            rows, labels = np.flatnonzero(self.image == index), np.flatnonzero(self.truth_image == index)
-            if not len(rows) or not len(labels):
-                continue
-            found, truth = torch.from_numpy(self.detections[rows]), torch.from_numpy(self.truth[labels])
-            correct[rows] = match(found, truth).numpy()
-            iou, best = torch.where(found[:, 5:] == truth[:, 0], box_iou(found[:, :4], truth[:, 1:]), -1).max(1)
-            label[rows] = np.where(iou.numpy() > 0, labels[best.numpy()], -1)
-        return correct, label
-
-    def per_size(self) -> list[float]:
-        """mAP50-95 of small, medium and large objects; NaN for a size that no label has.
-
-        Recall counts the labels of that size. A correct detection belongs to the size of the label it was matched
-        with, any other to its own: so a large object that is found is neither a hit nor a false alarm among small
-        ones. COCO's rule, but that a detection cannot choose a second-best label of the right size.
-        """
-        correct, label = self.matched
-        truth_size, own_size = _size(self.truth[:, 1:]), _size(self.detections[:, :4])
-        label_size = np.append(truth_size, -1)[label]
-        scores = []
-        for size in range(len(SIZES)):
-            wanted = self.truth[truth_size == size, 0]
-            by_threshold = []
-            for hit in correct.T:
-                counts = np.where(hit, label_size, own_size) == size
-                found = self.detections[counts]
-                by_threshold.append(_average_precision(hit[counts, None], found[:, 4], found[:, 5], wanted))
-            scores.append(float(np.mean(by_threshold)) if len(wanted) else float("nan"))
-        return scores
-
-    def judged(self, number_of: Mapping[str, int]) -> Judged:
-        """The same for `utils.statistics`, images numbered as they are in the whole ablation."""
-        numbers = np.array([number_of[path] for path in self.paths], int)
-        return Judged(
-            image=numbers[self.image],
-            correct=self.matched[0],
-            conf=self.detections[:, 4],
-            cls=self.detections[:, 5].astype(int),
-            target_image=numbers[self.truth_image],
-            target_cls=self.truth[:, 0].astype(int),
-            images=len(number_of),
-        )
-
-
-def _size(xyxy: np.ndarray) -> np.ndarray:
-    return np.digitize((xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]), SIZE_EDGES)
-
-
-def _average_precision(correct: np.ndarray, conf: np.ndarray, cls: np.ndarray, target_cls: np.ndarray) -> float:
-    """mAP over the columns of `correct` (n, thresholds)."""
-    if not len(target_cls):
-        return 0.0
-    collected = AveragePrecision(int(target_cls.max()) + 1, correct.shape[1])
-    collected.update(correct, conf, cls, target_cls)
-    return collected.compute().map
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One arm trained with one seed."""
-
-    arm: str
-    seed: int
-    seconds: float
-    scores: dict[str, float]  # by METRICS
-    per_class: dict[str, float]  # mAP50-95 of the classes that have labels
-    curve: np.ndarray  # (epochs,) mAP50
-    boxes: Boxes
-
-
-@dataclass(frozen=True, eq=False)
-class Ablation:
-    """A folder that `ablate.py` wrote: recipe, arms with the baseline first, and the cells that are done."""
-
-    folder: Path
-    arms: dict[str, dict[str, Any]]  # the options in which each differs from the recipe
-    folds: int
-    recipe: dict[str, Any]
-    costs: dict[str, dict[str, Any]]  # by arm, see COSTS; `gates` besides
-    cells: dict[str, dict[int, Cell]]  # by arm and seed, both in order
-    unfinished: tuple[str, ...] = ()  # cells that were begun
-    images: dict[str, int] = field(default_factory=dict)  # every image judged on, and its number
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.arms))
-
-    def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """`utils.statistics`' form of a metric."""
-        return {arm: {seed: cell.scores[metric] for seed, cell in cells.items()} for arm, cells in self.cells.items()}
-
-    def pairs(self, arm: str) -> list[tuple[Cell, Cell]]:
-        """(baseline, arm) of every seed that both have."""
-        ours, theirs = self.cells[arm], self.cells[self.baseline]
-        return [(theirs[seed], cell) for seed, cell in ours.items() if seed in theirs]
-
-
-# --------------------------------------------------------------------------------------------------------------- reading
-
-
-def load(folder: str | Path) -> Ablation:
-    """Read an ablation's folder; cells that are not done are left out, those begun are named in `unfinished`.
-
-    Raises:
-        UserError: naming the file that is missing, broken, or of another experiment.
+    Args:
+        command: what repeats the ablation, as typed.
+        environment: versions, machine, commit and the like, by name.
+        pictures: (caption, JPEG or PNG file); files that do not exist are left out.
+        resamples: of the images, for their interval. With 5 arms x 8 seeds of 32 images, 100 take a minute.
     """
     folder = Path(folder)
-    file = read_yaml(folder / "recipe.yaml")
-    arms, recipe, folds = (file.data.get(key) for key in ("arms", "recipe", "folds"))
-    if not isinstance(arms, dict) or not arms or not isinstance(recipe, dict) or not isinstance(folds, int):
-        raise UserError(f"{file.where()}: expected `arms`, `folds` and `recipe`, as ablate.py writes them.")
-    cells: dict[str, dict[int, Cell]] = {arm: {} for arm in arms}
-    done = sorted(folder.glob("cells/*/seed*/cell.json"))
-    for cell_file in done:
-        cell = _read_cell(cell_file)
-        if cell.arm not in cells or cell.seed in cells[cell.arm]:
-            problem = "is there twice" if cell.arm in cells else "is no arm of recipe.yaml"
-            raise UserError(f"{display_path(cell_file)}: '{cell.arm}' seed {cell.seed} {problem}. Move the folder away.")
-        other = next((cells[arm][cell.seed] for arm in arms if cell.seed in cells[arm]), cell)
-        if _labels_by_image(cell) != _labels_by_image(other):
-            place = display_path(cell_file.parent / "judged.npz")
-            raise UserError(f"{place}: other images or labels than of arm '{other.arm}' with the same seed. {AGAIN}")
-        cells[cell.arm][cell.seed] = cell
-    begun = {path for path in folder.glob("cells/*/seed*") if path.is_dir()} - {path.parent for path in done}
-    costs = _read_json(folder / "arms.json") if (folder / "arms.json").exists() else {}
-    paths = sorted({path for of_arm in cells.values() for cell in of_arm.values() for path in cell.boxes.paths})
-    return Ablation(
-        folder=folder,
-        arms={arm: dict(options or {}) for arm, options in arms.items()},
-        folds=folds,
-        recipe=recipe,
-        costs={arm: costs[arm] for arm in arms if isinstance(costs.get(arm), dict)},
-        cells={arm: dict(sorted(of_arm.items())) for arm, of_arm in cells.items()},
-        unfinished=tuple(sorted(f"{path.parent.name} {path.name}" for path in begun)),
-        images={path: number for number, path in enumerate(paths)},
+    title = f"Ablation: {ablation.folder.resolve().name}"
+    blocks = [
+        *_results(ablation, resamples),
+        *_costs(ablation),
+        *_charts(ablation),
+        *_sizes(ablation),
+        *_classes(ablation),
+        *_gates(ablation),
+        *_pictures(pictures),
+        *_every_seed(ablation),
+        *_how(ablation, command, environment),
+    ]
+    files = folder / "report.md", folder / "results.csv", folder / "report.html"
+    texts = markdown(title, blocks, folder), _results_csv(ablation), page(title, blocks)
+    _write_all(dict(zip(files, texts)))
+    return files
+
+
+def _write_all(texts: Mapping[Path, str]) -> None:
+    partials = {file: file.with_name(f".{file.name}.partial") for file in texts}
+    try:
+        for file, partial in partials.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(texts[file], encoding="utf-8", newline="\n")
+        for file, partial in partials.items():
+            os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"{display_path(file)}: cannot be written ({error.strerror}).") from None
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def _results_csv(ablation: Ablation) -> str:
+    """One row per cell, numbers unrounded."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["arm", "seed", *METRICS, "seconds"])
+    for cell in _cells(ablation):
+        table.writerow([cell.arm, cell.seed, *(cell.scores[name] for name in METRICS), cell.seconds])
+    return text.getvalue()
+
+
+def _cells(ablation: Ablation) -> list[Cell]:
+    return [cell for cells in ablation.cells.values() for cell in cells.values()]
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _number(value: float, digits: int = 3, sign: str = "-") -> str:
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}" if math.isfinite(value) else MISSING
+
+
+def _difference(value: float) -> str:
+    return _number(value, sign="+")
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{_difference(ends[0])} to {_difference(ends[1])}" if math.isfinite(ends[0]) else MISSING
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation."""
+    if not values:
+        return MISSING
+    deviation = f" ± {_number(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return _number(float(np.mean(values))) + deviation
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the finite ones, NaN for none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def _p(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
+
+
+def _cost(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return MISSING if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------- answer and tables
+
+
+def _results(ablation: Ablation, resamples: int) -> list[Block]:
+    """The answer in words, then the scores and the comparisons."""
+    first, second = (compare(ablation.values(metric), ablation.baseline) for metric in (PRIMARY, SECOND))
+    images, remembered = _judged_on(ablation)
+    blocks: list[Block] = [Text(_headline(first, ablation.baseline), warning=not first)]
+    if remembered:
+        blocks.append(Text(remembered, warning=True))
+    blocks += [Text(_recipe_in_words(ablation, images)), Items([c.sentence(PRIMARY) for c in first])]
+    if first:
+        blocks += [Text(f"And in {SECOND}, which does not decide:"), Items([c.sentence(SECOND) for c in second])]
+    if ablation.unfinished:
+        blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
+    rows = [
+        [arm, str(len(cells)), *(_spread([cell.scores[name] for cell in cells.values()]) for name in METRICS)]
+        for arm, cells in ablation.cells.items()
+    ]
+    caption = "Mean ± standard deviation over seeds. Precision and recall are at the confidence with the best mean F1."
+    blocks += [Heading("Results"), Table(caption, ["arm", "seeds", *METRICS], rows)]
+    over_images = {c.arm: _image_interval(ablation, c.arm, resamples) for c in first}
+    caption = (
+        f"{PRIMARY}: difference to '{ablation.baseline}' within each seed. The verdict comes from Holm's p alone (exact"
+        f" sign-flip test, corrected for all arms, at most 0.05). The intervals only describe. The one over seeds (BCa"
+        f" bootstrap) takes the images as given, and few seeds make it too narrow; the one over images ({resamples}"
+        f" draws of the {len(ablation.images)} images) takes the seeds as given."
+    )
+    caption_second = f"{SECOND}: the same, corrected within this table. It does not decide."
+    return [*blocks, _comparisons(caption, first, over_images), _comparisons(caption_second, second, {})]
+
+
+def _headline(comparisons: Sequence[Comparison], baseline: str) -> str:
+    if not comparisons:
+        return "There is only one arm, so nothing is compared."
+    needed, count = seeds_needed(len(comparisons)), len(comparisons)
+    if not any(c.can_be_significant for c in comparisons):
+        most = max(c.n for c in comparisons)
+        against = "1 comparison" if count == 1 else f"{count} comparisons"
+        return (
+            f"No significance can be claimed: an arm shares at most {most} finished seed{'' if most == 1 else 's'} with"
+            f" the baseline '{baseline}', and {against} would need at least {needed}."
+        )
+    groups = {
+        word: [c.arm for c in comparisons if _verdict(c) == word] for word in ("better", "worse", "no difference found")
+    }
+    parts = [f"{word}: {', '.join(arms)}" for word, arms in groups.items() if arms]
+    rest = [c.arm for c in comparisons if not c.can_be_significant]
+    parts += [f"too few seeds to say: {', '.join(rest)}"] if rest else []
+    caution = " No difference found does not mean equal: see the intervals." if groups["no difference found"] else ""
+    return f"Against the baseline '{baseline}', by {PRIMARY}: {'; '.join(parts)}.{caution}"
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.significant:
+        return "better" if comparison.mean > 0 else "worse"
+    if comparison.can_be_significant:
+        return "no difference found"
+    return f"too few seeds ({seeds_needed(comparison.comparisons, comparison.alpha)} needed)"
+
+
+def _judged_on(ablation: Ablation) -> tuple[str, str]:
+    """Which images the numbers are of, and a warning where they are those of the training."""
+    data, count = ablation.recipe.get("data"), len(ablation.images)
+    if ablation.folds:
+        others = f"each seed trains on {ablation.folds - 1} of {ablation.folds} parts of the training images of {data}"
+        return f"images held out: {others} and is judged on the other part ({count} different images so far)", ""
+    try:
+        train = {str(file) for file in image_files(load_dataset(str(data)).train)}
+    except UserError:
+        return f"the {count} val images of {data}; whether it trains on others could not be looked up here", ""
+    if train & ablation.images.keys():
+        warning = (
+            "Judged on images that were trained on: the numbers show how much is remembered and say nothing about new"
+            " images. Repeat with --folds 4."
+        )
+        return f"the {count} val images of {data}, which are among its training images", warning
+    return f"the {count} val images of {data}, none of which is trained on", ""
+
+
+def _recipe_in_words(ablation: Ablation, images: str) -> str:
+    recipe = ablation.recipe
+    known = {"epochs": "{} epochs", "imgsz": "{} pixels", "weights": "starting from {}"}
+    shared = [form.format(recipe[key] or "random weights") for key, form in known.items() if key in recipe]
+    return (
+        f"{len(ablation.arms)} arms, {len(_cells(ablation))} finished trainings of one recipe ({', '.join(shared)})."
+        f" The metric that decides is {PRIMARY} on {images}. The last epoch is judged, not the best one, which would"
+        " have been chosen on the very images it is judged on."
     )
 
 
-def _labels_by_image(cell: Cell) -> tuple[list[str], Counter[str]]:
-    boxes = cell.boxes
-    return sorted(boxes.paths), Counter(boxes.paths[index] for index in boxes.truth_image)
+def _image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float, float]:
+    numbers = ablation.images
+    pairs = [(base.boxes.judged(numbers), cell.boxes.judged(numbers)) for base, cell in ablation.pairs(arm)]
+    return image_bootstrap_seeds(pairs, average_precision, same_images=True, resamples=resamples)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{display_path(file)}: cannot be read ({error}). {AGAIN}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{display_path(file)}: expected an object, found a {type(data).__name__}. {AGAIN}")
-    return data
+def _comparisons(
+    caption: str, comparisons: Sequence[Comparison], over_images: Mapping[str, tuple[float, float]]
+) -> Table:
+    header = ["arm", "seeds", "difference", "95 % interval over seeds", "p", "Holm's p", "verdict"]
+    if over_images:
+        header.insert(4, "95 % interval over images")
+    rows = []
+    for c in comparisons:
+        images = [_interval(over_images[c.arm])] if over_images else []
+        tests = [_p(c.p), _p(c.p_holm)] if c.n else [MISSING, MISSING]
+        rows.append([c.arm, str(c.n), _difference(c.mean), _interval(c.interval), *images, *tests, _verdict(c)])
+    return Table(caption, header, rows)
 
 
-def _read_cell(file: Path) -> Cell:
-    data = _read_json(file)
-    try:
-        cell = Cell(
-            arm=str(data["arm"]),
-            seed=int(data["seed"]),
-            seconds=float(data["seconds"]),
-            scores={name: float(data[name]) for name in METRICS},
-            per_class={str(name): float(value) for name, value in data["per_class"].items()},
-            curve=_read_curve(file.with_name("results.csv")),
-            boxes=_read_boxes(file.with_name("judged.npz")),
+def _costs(ablation: Ablation) -> list[Block]:
+    known = {key: name for key, name in COSTS.items() if any(key in costs for costs in ablation.costs.values())}
+    rows = []
+    for arm, cells in ablation.cells.items():
+        seconds = [cell.seconds for cell in cells.values()]
+        median = f"{np.median(seconds):,.0f}" if seconds else MISSING
+        rows.append([arm, *(_cost(ablation.costs.get(arm, {}).get(key)) for key in known), median])
+    caption = "What an arm costs, and how much of it came from the checkpoint. The time is the median over cells."
+    return [Heading("Cost"), Table(caption, ["arm", *known.values(), "seconds per cell"], rows)]
+
+
+# -------------------------------------------------------------------------------------------------- charts and details
+
+
+def _charts(ablation: Ablation) -> list[Block]:
+    curves = {arm: [cell.curve for cell in cells.values()] for arm, cells in ablation.cells.items() if cells}
+    if not curves:
+        return []
+    everything = [curve for of_arm in curves.values() for curve in of_arm]
+    highest = max((float(np.nanmax(curve)) for curve in everything if np.isfinite(curve).any()), default=1.0)
+    extent, baseline = (max(map(len, everything)), highest), ablation.baseline
+    panels = [
+        (
+            f"{arm} ({len(of_arm)} seed{'' if len(of_arm) == 1 else 's'})",
+            curve_panel(
+                f"{SECOND} of {arm} over the epochs",
+                of_arm,
+                curves.get(baseline, []) if arm != baseline else [],
+                extent,
+            ),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{display_path(file)}: not as ablate.py writes it: {what}. {AGAIN}") from None
-    return cell
+        for arm, of_arm in curves.items()
+    ]
+    caption = (
+        f"{SECOND} on the val images after each epoch: mean over seeds, and a band from the lowest to the highest seed."
+        f" Dashed: the mean of '{baseline}'. The bands include what differs between seeds for every arm alike."
+    )
+    rows = []
+    for c in compare(ablation.values(PRIMARY), baseline):
+        by_seed = paired_differences(ablation.values(PRIMARY), baseline, c.arm)
+        rows.append(DifferenceRow(c.arm, by_seed, c.mean, c.interval))
+    label = f"difference in {PRIMARY} to the baseline"
+    dots = f"A dot per seed: {PRIMARY} minus that of '{baseline}'. Diamond: their mean; bar: 95 % interval over seeds."
+    shown = [Charts(dots, [(label, difference_plot(label, rows))])] if any(row.by_seed for row in rows) else []
+    return [Heading("Differences within each seed"), *shown, Heading("Learning curves"), Charts(caption, panels)]
+
+
+def _sizes(ablation: Ablation) -> list[Block]:
+    counts = np.bincount(size_of(ablation.labels[:, 1:]), minlength=len(SIZES))
+    scores = {(cell.arm, cell.seed): np.array(cell.boxes.per_size()) for cell in _cells(ablation)}
+    header = [f"{name}, {limits} ({n:,} labels)" for name, limits, n in zip(SIZES, SIZE_LIMITS, counts)]
+    of_baseline = [scores[cell.arm, cell.seed] for cell in ablation.cells[ablation.baseline].values()]
+    rows = [[ablation.baseline, *(_number(_mean(column)) for column in _columns(of_baseline))]]
+    for arm in list(ablation.arms)[1:]:
+        changes = [scores[arm, cell.seed] - scores[base.arm, base.seed] for base, cell in ablation.pairs(arm)]
+        rows.append([arm, *(_difference(_mean(column)) for column in _columns(changes))])
+    caption = (
+        f"{PRIMARY} by object size, area of the box in the original image. First row: the baseline; below: mean"
+        " difference to it within each seed. Found objects of other sizes are neither hits nor false alarms. Untested."
+    )
+    return [Heading("By object size"), Table(caption, ["arm", *header], rows)]
+
+
+def _columns(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return list(np.array(rows).T) if rows else [np.zeros(0)] * len(SIZES)
+
+
+def _classes(ablation: Ablation) -> list[Block]:
+    """The classes that changed most in any arm."""
+    others = list(ablation.arms)[1:]
+    names: dict[str, int] = {}  # to the class index
+    for cell in _cells(ablation):
+        names.update(zip(cell.per_class, cell.boxes.classes.tolist()))
+    changes = {
+        name: [
+            _mean(
+                cell.per_class[name] - base.per_class[name]
+                for base, cell in ablation.pairs(arm)
+                if name in cell.per_class
+            )
+            for arm in others
+        ]
+        for name in names
+    }
+    largest = {name: max(map(abs, filter(math.isfinite, row)), default=0.0) for name, row in changes.items()}
+    top = sorted((name for name in names if largest[name] > 0), key=lambda name: -largest[name])[:CLASSES_SHOWN]
+    rows = []
+    for name in top:
+        of_baseline = (
+            cell.per_class[name] for cell in ablation.cells[ablation.baseline].values() if name in cell.per_class
+        )
+        count = int((ablation.labels[:, 0] == names[name]).sum())
+        rows.append([name, f"{count:,}", _number(_mean(of_baseline)), *map(_difference, changes[name])])
+    caption = (
+        f"The {len(top)} of {len(names)} classes whose {PRIMARY} changed most in some arm, mean difference within each"
+        " seed. They are here because they are extreme: single classes of a small set, of few labels, are mostly noise."
+    )
+    header = ["class", "labels", ablation.baseline, *others]
+    return [Heading("By class"), Table(caption, header, rows)] if rows else []
+
+
+def _gates(ablation: Ablation) -> list[Block]:
+    """Tables of `models.inspect_gates`: rows of cells, or the lines it prints."""
+    blocks: list[Block] = []
+    for arm, costs in ablation.costs.items():
+        rows = costs.get("gates") or []
+        lines = [rows] if isinstance(rows, str) else [row for row in rows if isinstance(row, str)]
+        if lines:
+            blocks.append(Code(arm, "\n".join(lines)))
+            continue
+        texts = [[str(value) for value in row] for row in rows]
+        header, *texts = texts if texts and texts[0][:1] == [GATE_COLUMNS[0]] else [list(GATE_COLUMNS), *texts]
+        if texts:
+            blocks.append(Table(arm, header, texts))
+    return [Heading("What the gates do"), *blocks] if blocks else []
+
+
+def _pictures(pictures: Sequence[tuple[str, Path]]) -> list[Block]:
+    there = [Picture(caption, Path(file)) for caption, file in pictures if Path(file).is_file()]
+    return [Heading("Pictures"), *there] if there else []
+
+
+def _every_seed(ablation: Ablation) -> list[Block]:
+    rows = [
+        [cell.arm, str(cell.seed), *(_number(cell.scores[name], 4) for name in METRICS), f"{cell.seconds:,.0f}"]
+        for cell in sorted(_cells(ablation), key=lambda cell: cell.seed)
+    ]
+    caption = "Every finished cell, seed by seed; results.csv has the same numbers unrounded."
+    return [Heading("Every seed"), Table(caption, ["arm", "seed", *METRICS, "seconds"], rows)]
+
+
+def _how(ablation: Ablation, command: str, environment: Mapping[str, str]) -> list[Block]:
+    arms = [
+        [arm, " ".join(f"{key}={value}" for key, value in options.items())] for arm, options in ablation.arms.items()
+    ]
+    recipe = {"folds": ablation.folds, **ablation.recipe}
+    return [
+        Heading("How to repeat it"),
+        Code("The command", command),
+        Table("In what the arms differ; the first is the baseline.", ["arm", "options"], arms),
+        Table("Where it ran.", ["what", "value"], [[name, str(value)] for name, value in environment.items()]),
+        Code("What all arms share", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), folded=True),
+    ]

@@ -29,7 +29,7 @@ CURVE_COLUMN = "metrics/mAP_0.5"
 AGAIN = "Delete the cell's cell.json and give the ablation's command again: the cell is judged anew."
 
 
-# -------------------------------------------------------------------------------------------------------- what was found
+# ------------------------------------------------------------------------------------------------------ what was found
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Boxes:
         ones. COCO's rule, but that a detection cannot choose a second-best label of the right size.
         """
         correct, label = self.matched
-        truth_size, own_size = _size(self.truth[:, 1:]), _size(self.detections[:, :4])
+        truth_size, own_size = size_of(self.truth[:, 1:]), size_of(self.detections[:, :4])
         label_size = np.append(truth_size, -1)[label]
         scores = []
         for size in range(len(SIZES)):
@@ -97,7 +97,8 @@ class Boxes:
         )
 
 
-def _size(xyxy: np.ndarray) -> np.ndarray:
+def size_of(xyxy: np.ndarray) -> np.ndarray:
+    """Index into SIZES (n,) of boxes (n, 4)."""
     return np.digitize((xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]), SIZE_EDGES)
 
 
@@ -145,6 +146,16 @@ class Ablation:
         paths = sorted({path for cells in self.cells.values() for cell in cells.values() for path in cell.boxes.paths})
         return {path: number for number, path in enumerate(paths)}
 
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(t, 5) of class, xyxy: those of every image once, however many cells were judged on it."""
+        rows, seen = [np.zeros((0, 5), np.float32)], set[str]()
+        for boxes in (cell.boxes for cells in self.cells.values() for cell in cells.values()):
+            new = [index for index, path in enumerate(boxes.paths) if path not in seen]
+            rows.append(boxes.truth[np.isin(boxes.truth_image, new)])
+            seen.update(boxes.paths)
+        return np.concatenate(rows)
+
     def values(self, metric: str) -> dict[str, dict[int, float]]:
         """`utils.statistics`' form of a metric."""
         return {arm: {seed: cell.scores[metric] for seed, cell in cells.items()} for arm, cells in self.cells.items()}
@@ -155,7 +166,7 @@ class Ablation:
         return [(theirs[seed], cell) for seed, cell in ours.items() if seed in theirs]
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def load(folder: str | Path) -> Ablation:

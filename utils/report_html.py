@@ -1,4 +1,4 @@
-"""A report's blocks as one HTML page without scripts or anything from outside, and its charts as inline SVG.
+"""A report's blocks as one HTML page without scripts or anything from outside, as Markdown, and its charts as SVG.
 
 Colours are CSS variables, so that charts follow light and dark; every text is escaped here and nowhere else.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import base64
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
 from utils.config import UserError, display_path
 
 IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
-PANEL_WH, ROW_WIDTH, ROW_HEIGHT = (300, 190), 400, 52  # user units; about CSS pixels on a phone
-LONGEST_LABEL = 56  # characters that fit into ROW_WIDTH
+PANEL_WH, ROW_WIDTH, ROW_HEIGHT = (300, 190), 400, 58  # user units; about CSS pixels on a phone
+LONG_CELL = 32  # characters from which the cells of a column are broken into lines
+LONGEST_LABEL = 50  # characters that fit into ROW_WIDTH
 EDGES_LRTB = (34, 10, 8, 34)  # room around a panel for its axes: left, right, top, bottom
 
 STYLE = """
@@ -32,6 +36,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--bg); c
 h1, h2 { line-height: 1.25; text-wrap: balance; }
 h2 { margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.3rem; }
 p, ul { max-width: 44rem; }
+h1 + p { font-size: 1.15rem; font-weight: 600; }
 ul { padding-left: 1.2rem; }
 li { margin: .3rem 0; }
 .warning { border-left: .25rem solid var(--warn); padding-left: .75rem; color: var(--warn); font-weight: 600; }
@@ -39,22 +44,25 @@ figure { margin: 1.25rem 0; }
 figcaption { max-width: 44rem; margin-bottom: .5rem; color: var(--muted); font-size: .9rem; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+table { border-collapse: separate; border-spacing: 0; font-size: .875rem; line-height: 1.25rem;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: .3125rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
   white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; background: var(--soft); }
-th:first-child { position: sticky; left: 0; text-align: left; background: var(--bg); min-width: 5rem; max-width: 12rem;
-  white-space: normal; overflow-wrap: anywhere; }
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--bg); max-width: 11rem;
+  white-space: normal; overflow-wrap: break-word; }
 thead th:first-child { background: var(--soft); }
-td.words { text-align: left; white-space: normal; min-width: 9rem; }
+.words, .long { text-align: left; }
+td.long { white-space: normal; min-width: 14rem; }
 pre { margin: 0; padding: .75rem; background: var(--soft); font-size: .85rem; }
 summary { cursor: pointer; margin: 1rem 0 .5rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 .panels figure { margin: 0; }
 .panels figcaption { margin: 0; color: var(--fg); font-weight: 600; }
 .wide { max-width: 36rem; }
-svg, img { display: block; width: 100%; height: auto; }
-svg { fill: currentColor; font: 11px system-ui, sans-serif; }
+svg, img { display: block; max-width: 100%; height: auto; }
+svg { width: 100%; }
+svg { fill: currentColor; font: 12px system-ui, sans-serif; }
 svg .axis { stroke: var(--line); }
 svg .zero { stroke: var(--fg); }
 svg .tick { fill: var(--muted); }
@@ -156,16 +164,21 @@ def _scroll(label: str, inside: str) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
-    words = [any(cell[:1].isalpha() for cell in column) for column in zip(*table.rows)]
+    css = [_alignment(column) for column in zip(table.header, *table.rows)]
+    head = "".join(f'<th scope="col"{c}>{escape(name)}</th>' for c, name in zip(css, table.header))
     rows = []
     for name, *cells in table.rows:
-        shown = (
-            f'<td class="words">{escape(c)}</td>' if w else f"<td>{escape(c)}</td>" for c, w in zip(cells, words[1:])
-        )
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(shown)}</tr>')
+        shown = "".join(f"<td{c}>{escape(cell)}</td>" for c, cell in zip(css[1:], cells))
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
     inside = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<figure><figcaption>{escape(table.caption)}</figcaption>{_scroll(table.caption, inside)}</figure>"
+
+
+def _alignment(column: Sequence[str]) -> str:
+    """The class attribute of a column, its header first."""
+    if any(len(cell) > LONG_CELL for cell in column[1:]):
+        return ' class="long"'
+    return ' class="words"' if any(cell[:1].isalpha() for cell in column[1:]) else ""
 
 
 def _panels(panels: Sequence[tuple[str, str]]) -> str:
@@ -181,6 +194,39 @@ def _image(file: Path, caption: str) -> str:
         raise UserError(f"{display_path(file)}: a report shows {', '.join(IMAGE_TYPES)} only.")
     data = base64.b64encode(file.read_bytes()).decode("ascii")
     return f'<img alt="{escape(caption)}" src="data:{kind};base64,{data}">'
+
+
+# ------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
+    """The blocks as GitHub's Markdown; charts are left to the HTML page. Links start at `folder`."""
+    return "\n\n".join([f"# {_plain(title)}", *(_markdown(block, folder) for block in blocks)]) + "\n"
+
+
+def _markdown(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text):
+            return f"## {_plain(text)}"
+        case Text(text, warning):
+            return f"**{_plain(text)}**" if warning else _plain(text)
+        case Items(texts):
+            return "\n".join(f"- {_plain(text)}" for text in texts)
+        case Table(caption, header, rows):
+            head, *body = ("| " + " | ".join(map(_plain, row)) + " |" for row in (header, *rows))
+            return "\n".join([_plain(caption), "", head, "| --- |" + " ---: |" * (len(header) - 1), *body])
+        case Charts(caption):
+            return f"{_plain(caption)} Drawn in [report.html](report.html)."
+        case Picture(caption, file):
+            return f"![{_plain(caption)}]({quote(Path(os.path.relpath(file, folder)).as_posix())})"
+        case Code(caption, text):
+            code = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+            return f"{_plain(caption)}:\n\n{code}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|~#&])", r"\\\1", " ".join(text.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------- the charts
@@ -283,15 +329,15 @@ def difference_plot(label: str, rows: Sequence[DifferenceRow]) -> str:
     parts += [_line("zero", x(0), 4, x(0), bottom), _text(ROW_WIDTH / 2, bottom + 30, label, "middle")]
     for index, row in enumerate(rows):
         top = index * ROW_HEIGHT
-        middle = top + 34
+        middle = top + 38
         short = row.label if len(row.label) <= LONGEST_LABEL else row.label[: LONGEST_LABEL - 1] + "…"
         parts.append(_text(12, top + 16, short, css="name"))
-        if math.isfinite(row.interval[0]):
-            parts.append(_line("whisker", x(row.interval[0]), middle, x(row.interval[1]), middle))
         for place, (seed, value) in enumerate(row.by_seed.items()):
             shift = 6 * (place % 3 - 1)  # dots of equal values stay visible
             about = f"<title>{escape(row.label)}, seed {seed}: {value:+.4f}</title>"
             parts.append(f'<circle class="dot" cx="{x(value):.1f}" cy="{middle + shift}" r="4">{about}</circle>')
+        if math.isfinite(row.interval[0]):
+            parts.append(_line("whisker", x(row.interval[0]), middle, x(row.interval[1]), middle))
         if math.isfinite(row.mean):
             corner = x(row.mean)
             parts.append(
