@@ -233,7 +233,7 @@ def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tu
     if not shown:
         return []
     names = prepare(shown[0].options["data"]).names
-    judged = [np.load(cell.folder / "judged.npz", allow_pickle=False) for cell in shown]
+    judged = [np.load(cell.folder / "judged.npz") for cell in shown]
     busiest = np.bincount(judged[0]["truth_image"], minlength=len(judged[0]["paths"])).argsort()[::-1]
     pictures = []
     for number in busiest[:count]:
@@ -292,8 +292,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequence[str] = ()) -> Path:
     """Run what is missing of an ablation, whose recipe are train.py's `options`, and report it; its folder."""
+    from utils.recorder import write_yaml
     from utils.statistics import scipy_stats
-    from utils.trials import PER_ARM, PER_CELL, arms_of, make_cells, same_recipe, seeds_of, write_splits
+    from utils.trials import PER_ARM, PER_CELL, arms_of, check_recipe, make_cells, plain_recipe, seeds_of, write_splits
 
     check_minimum(own, jobs=1, folds=0)
     scipy_stats()  # its absence should not be found after hours of training
@@ -302,7 +303,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
     threads = max((os.cpu_count() or 1) // own.jobs, 1)
     fixed = {"arms": {arm.name: arm.options for arm in arms}, "folds": own.folds, "threads": threads, "recipe": recipe}
-    same_recipe(folder, fixed)
+    check_recipe(folder, fixed)
     splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
     cells = make_cells(arms, splits, recipe, folder)
     todo = [cell for cell in cells if not cell.done]
@@ -310,6 +311,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     with _pool(own, threads) as pool:
         if todo:
             _try_arms(pool, [next(cell for cell in cells if cell.arm == arm.name) for arm in arms], folder)
+            write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
         failed = _run_all(pool, todo)
     for cell, why in failed:
         LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why}. Its log: {relative(cell.folder / 'log.txt')}")
@@ -337,6 +339,7 @@ def _try_arms(pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path) ->
         except UserError as error:
             raise UserError(f"arm '{cell.arm}': {error}") from None
         LOGGER.info(f"arm '{cell.arm}': {found[cell.arm]}")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "arms.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

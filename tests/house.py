@@ -58,6 +58,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.trials",
         "utils.drawing",
         "utils.plots",
+        "utils.report_data",
+        "utils.report_html",
         "utils.report",
         "models.inspect_gates",
         "models.predictor",

@@ -14,7 +14,8 @@ import ablate
 import train
 from tests.conftest import TinyDataset
 from utils.config import UserError
-from utils.trials import Arm, arms_of, fold, make_cells, same_recipe, seeds_of, write_splits
+from utils.recorder import write_yaml
+from utils.trials import Arm, arms_of, check_recipe, fold, make_cells, plain_recipe, seeds_of, write_splits
 
 
 def arms(*cfgs: str, arm: tuple[str, ...] = ()) -> list[Arm]:
@@ -102,10 +103,12 @@ def test_validating_on_the_training_images_must_be_insisted_on(own_tiny_dataset:
 
 
 def test_another_recipe_in_the_same_folder_is_refused_and_shown(tmp_path: Path) -> None:
-    same_recipe(tmp_path, {"recipe": {"epochs": 3, "hyp": None}, "folds": 0})
-    same_recipe(tmp_path, {"recipe": {"epochs": 3, "hyp": None}, "folds": 0})
+    recipe = {"recipe": {"epochs": 3, "hyp": None}, "folds": 0}
+    check_recipe(tmp_path, recipe)
+    write_yaml(tmp_path / "recipe.yaml", plain_recipe(recipe))
+    check_recipe(tmp_path, recipe)
     with pytest.raises(UserError, match=r"recipe\.epochs: 3 there, 5 now.*--name"):
-        same_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
+        check_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
 
 
 def test_cells_go_seed_by_seed_with_the_arms_hyper_parameters(tmp_path: Path) -> None:

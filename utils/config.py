@@ -29,7 +29,9 @@ class UserError(ValueError):
 
 def closest(word: object, choices: Iterable[object]) -> str:
     """`" Did you mean 'x'?"` for the most similar choice, or an empty string where nothing is similar."""
-    matches = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
+    words = [str(choice) for choice in choices]
+    same = [choice for choice in words if choice.casefold() == str(word).casefold()]
+    matches = same or difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 

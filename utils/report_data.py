@@ -261,7 +261,7 @@ def _read_curve(file: Path) -> np.ndarray:
 
 def _read_boxes(file: Path) -> Boxes:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(file) as arrays:
             detections, image = arrays["detections"].astype(np.float32), arrays["detection_image"].astype(int)
             truth, truth_image = arrays["truth"].astype(np.float32), arrays["truth_image"].astype(int)
             paths = arrays["paths"].astype(str).tolist()

@@ -180,23 +180,25 @@ def make_cells(arms: Sequence[Arm], splits: Mapping[int, str], recipe: Mapping[s
     return cells
 
 
-def same_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe of a new ablation; refuse another one in the folder of an old one, showing the difference."""
+def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Refuse a recipe in the folder of an ablation with another one, showing the difference."""
     file = folder / "recipe.yaml"
-    plain = json.loads(json.dumps(recipe))
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_yaml(file, plain)
         return
-    old = read_yaml(file).data
-    flat_old, flat_new = _flat(old), _flat(plain)
-    keys = [key for key in {**flat_old, **flat_new} if flat_old.get(key, "not set") != flat_new.get(key, "not set")]
+    old, new = _flat(read_yaml(file).data), _flat(plain_recipe(recipe))
+    keys = [key for key in {**old, **new} if old.get(key, "not set") != new.get(key, "not set")]
     if keys:
-        lines = [f"{key}: {flat_old.get(key, 'not set')!r} there, {flat_new.get(key, 'not set')!r} now" for key in keys]
+        lines = [f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now" for key in keys]
         raise UserError(
             f"{display_path(file)}: another ablation stands in this folder ({'; '.join(lines[:6])})."
             " Give --name a new name, or the old recipe again."
         )
+
+
+def plain_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it comes back from its file."""
+    plain: dict[str, Any] = json.loads(json.dumps(recipe))
+    return plain
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

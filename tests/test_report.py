@@ -1,0 +1,456 @@
+"""The report of an ablation: its numbers by hand, what is missing or broken, nasty names, and that it is never half."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from utils.config import UserError
+from utils.report import load, write
+from utils.report_data import Boxes
+from utils.report_html import Table, markdown, page, ticks
+
+pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
+
+SMALL, MEDIUM, LARGE = (10, 10, 30, 30), (50, 50, 110, 110), (120, 20, 320, 220)  # 400, 3600 and 40,000 pixels
+NASTY = '<b>&"|`x`</b>'
+ENVIRONMENT = {"commit": "0123abc", "machine": "two cores & <no> GPU"}
+HEADER = "               epoch,     metrics/mAP_0.5"
+
+
+class Balanced(HTMLParser):
+    """Collects tags and attributes and fails where an end tag does not close the innermost element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+
+def boxes(detections: list[tuple[float, ...]], truth: list[tuple[float, ...]]) -> dict[str, Any]:
+    """The arrays of `judged.npz` with everything on the first of two images."""
+    return {
+        "detections": np.array(detections, np.float32).reshape(-1, 6),
+        "detection_image": np.zeros(len(detections), int),
+        "truth": np.array(truth, np.float32).reshape(-1, 5),
+        "truth_image": np.zeros(len(truth), int),
+        "paths": np.array(["/data/a.jpg", "/data/b.jpg"]),
+    }
+
+
+PERFECT = boxes([(*SMALL, 0.9, 0), (*LARGE, 0.8, 1)], [(0, *SMALL), (1, *LARGE)])
+
+
+def write_cell(folder: Path, arm: str, seed: int, score: float, judged: dict[str, Any] | None = None) -> Path:
+    place = folder / "cells" / re.sub(r"\W", "_", arm) / f"seed{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    cell = {"arm": arm, "seed": seed, "seconds": 100.0 + seed, "precision": score + 0.3, "recall": score + 0.2}
+    cell |= {"mAP50": score + 0.1, "mAP50-95": score, "per_class": {"cat": score, "dog": 0.5}}
+    (place / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    (place / "results.csv").write_text(f"{HEADER}\n0, 0.1\n1, {score}\n", encoding="utf-8")
+    np.savez_compressed(place / "judged.npz", **(judged or PERFECT))
+    return place
+
+
+def ablation_in(folder: Path, scores: dict[str, dict[int, float]], **costs: Any) -> Path:
+    """A finished ablation; `scores` is arm -> seed -> mAP50-95, `costs` go to the last arm in arms.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = {arm: {"cfg": "yolov5n.yaml", "gate": "gain"} for arm in scores}
+    recipe = {"arms": arms, "folds": 4, "threads": 1, "recipe": {"data": "tiny.yaml", "epochs": 2, "weights": ""}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    (folder / "arms.json").write_text(
+        json.dumps({arm: {"parameters": 1234567, **(costs if arm == list(scores)[-1] else {})} for arm in scores})
+    )
+    for arm, by_seed in scores.items():
+        for seed, score in by_seed.items():
+            write_cell(folder, arm, seed, score)
+    return folder
+
+
+def report(folder: Path, **options: Any) -> tuple[str, list[dict[str, str]], str]:
+    """Markdown, rows of the CSV and HTML."""
+    options = {"command": "python ablate.py --seeds 6", "environment": ENVIRONMENT, "resamples": 5, **options}
+    text, table, web = write(load(folder), folder, **options)
+    with table.open(encoding="utf-8", newline="") as lines:
+        return text.read_text(encoding="utf-8"), list(csv.DictReader(lines)), web.read_text(encoding="utf-8")
+
+
+def md_rows(text: str, first: str) -> list[list[str]]:
+    """The rows of every Markdown table that begin with this cell."""
+    rows = [re.split(r" (?<!\\)\| ", line.strip()[2:-2]) for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row[0] == first]
+
+
+SIX = {"plain": dict.fromkeys(range(6), 0.25), "se": {s: 0.30 + 0.01 * s for s in range(6)}}
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_tables_hold_the_numbers_one_gets_by_hand(tmp_path: Path) -> None:
+    text, rows, web = report(ablation_in(tmp_path / "exp", SIX, gflops=4.25, latency_ms=12.5))
+    # se is 0.30 .. 0.35: mean 0.325, standard deviation 0.01 * sqrt(3.5) = 0.0187
+    assert md_rows(text, "se")[0] == ["se", "6", "0.625 ± 0.019", "0.525 ± 0.019", "0.425 ± 0.019", "0.325 ± 0.019"]
+    # all six differences are positive: p = 2 / 2**6, and six seeds are just enough for one comparison
+    difference = md_rows(text, "se")[1]
+    assert difference[:3] == ["se", "6", "+0.075"] and difference[-3:] == ["0.0312", "0.0312", "better"]
+    assert difference[4] == "+0.000 to +0.000"  # over the images: the same boxes in both arms
+    assert md_rows(text, "se")[3] == [
+        "se",
+        "1,234,567",
+        "4.25",
+        "12.5",
+        "102",
+    ]  # median of 100 .. 105 is 102.5, to even
+    assert "by mAP50-95: better: se." in text and "from random weights" in text
+    assert [float(row["mAP50-95"]) for row in rows if row["arm"] == "se"] == [SIX["se"][s] for s in range(6)]
+    for cell in ("0.325 ± 0.019", "+0.075", "0.0312", "better", "1,234,567"):
+        assert f">{cell}</td>" in web
+
+
+def test_an_arm_that_loses_is_called_worse(tmp_path: Path) -> None:
+    scores = {"plain": SIX["se"], "se": SIX["plain"]}
+    text, *_ = report(ablation_in(tmp_path, scores))
+    assert md_rows(text, "se")[1][-1] == "worse" and "worse: se." in text
+
+
+def test_mixed_signs_with_seeds_enough_are_no_difference_found(tmp_path: Path) -> None:
+    scores = {"plain": SIX["plain"], "se": {s: 0.25 + 0.01 * (-1) ** s for s in range(6)}}
+    text, *_ = report(ablation_in(tmp_path, scores))
+    assert md_rows(text, "se")[1][-1] == "no difference found"
+    assert "does not mean equal" in text
+
+
+def test_all_three_files_agree_on_every_seed(tmp_path: Path) -> None:
+    text, rows, web = report(ablation_in(tmp_path, SIX))
+    cells = re.findall(r'<tr><th scope="row">(\w+)</th><td>(\d)</td>((?:<td>[\d.]+</td>){5})</tr>', web)
+    of_web = sorted((arm, seed, *re.findall(r"<td>([\d.]+)</td>", rest)[:4]) for arm, seed, rest in cells)
+    of_csv = sorted(
+        (r["arm"], r["seed"], *(f"{float(r[k]):.4f}" for k in ("precision", "recall", "mAP50", "mAP50-95")))
+        for r in rows
+    )
+    of_text = sorted(tuple(row[:6]) for arm in SIX for row in md_rows(text, arm) if len(row) == 7 and "." in row[5])
+    of_text = [row for row in of_text if re.fullmatch(r"0\.\d{4}", row[2])]
+    assert of_web == of_csv == of_text and len(of_csv) == 12
+
+
+def test_classes_are_listed_with_their_change_and_labels(tmp_path: Path) -> None:
+    text, *_ = report(ablation_in(tmp_path, SIX))
+    assert md_rows(text, "cat") == [["cat", "1", "0.250", "+0.075"]]  # one label, on one image, in six seeds
+    assert md_rows(text, "dog") == []  # did not change
+
+
+# --------------------------------------------------------------------------------------------------- missing and broken
+
+
+def test_missing_cells_are_left_out_and_those_begun_are_named(tmp_path: Path) -> None:
+    scores = {"plain": {0: 0.2, 1: 0.3, 2: 0.4}, "se": {0: 0.3, 1: 0.5}}
+    folder = ablation_in(tmp_path, scores)
+    (folder / "cells" / "se" / "seed2").mkdir()
+    text, rows, _ = report(folder)
+    assert len(rows) == 5 and "Begun, but not done, and left out: se seed2." in text
+    assert md_rows(text, "se")[1][:3] == ["se", "2", "+0.150"]
+    assert "1 seed missing" in text and "would need at least 6" in text
+
+
+def test_an_arm_without_any_cell_has_no_numbers(tmp_path: Path) -> None:
+    text, rows, web = report(ablation_in(tmp_path, {"plain": {0: 0.2}, "se": {}}))
+    assert len(rows) == 1 and md_rows(text, "se")[0] == ["se", "0", "-", "-", "-", "-"]
+    assert md_rows(text, "se")[1][:4] == ["se", "0", "-", "-"] and "nan" not in text + web
+
+
+def test_an_ablation_without_a_finished_cell_still_says_so(tmp_path: Path) -> None:
+    text, rows, web = report(ablation_in(tmp_path, {"plain": {}, "se": {}}))
+    assert rows == [] and "0 finished trainings" in text and "nan" not in text + web
+
+
+def test_a_single_seed_gives_no_interval_and_no_claim(tmp_path: Path) -> None:
+    text, _, web = report(ablation_in(tmp_path, {"plain": {0: 0.25}, "se": {0: 0.35}}))
+    row = md_rows(text, "se")[1]
+    assert row[1:4] == ["1", "+0.100", "-"] and row[-1] == "too few seeds (6 needed)"
+    assert md_rows(text, "se")[0][-1] == "0.350"  # and no ±
+    assert "No significance can be claimed" in text and "No significance can be claimed" in html.unescape(web)
+    assert 'class="whisker"' not in web and 'class="band"' not in web
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cell.json", "{"),
+        ("cell.json", "[]"),
+        ("cell.json", '{"arm": "se", "seed": 0}'),
+        ("results.csv", ""),
+        ("results.csv", "epoch, loss\n0, 1\n"),
+        ("results.csv", f"{HEADER}\n0, much\n"),
+        ("judged.npz", ""),
+        ("judged.npz", "PK no archive"),
+    ],
+)
+def test_a_broken_file_of_a_cell_is_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    (folder / "cells" / "se" / "seed3" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"se.seed3.{re.escape(name)}: .*(Delete)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("missing", ["results.csv", "judged.npz"])
+def test_a_finished_cell_without_its_files_is_named(tmp_path: Path, missing: str) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    (folder / "cells" / "se" / "seed3" / missing).unlink()
+    with pytest.raises(UserError, match=rf"seed3.{re.escape(missing)}: "):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"truth_image": np.array([0, 2])},
+        {"truth_image": np.array([0, -1])},
+        {"detections": np.zeros((2, 5), np.float32)},
+        {"paths": np.array(["/data/a.jpg", "/data/a.jpg"])},
+    ],
+)
+def test_judged_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, **change})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: expected"):
+        load(folder)
+
+
+def test_a_pickle_in_judged_npz_is_not_opened(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, "paths": np.array([{"a": 1}], dtype=object)})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: cannot be read"):
+        load(folder)
+
+
+def test_arms_judged_on_other_images_in_the_same_seed_are_refused(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, "paths": np.array(["/data/a.jpg", "/data/c.jpg"])})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: other images"):
+        load(folder)
+
+
+def test_cells_of_unknown_arms_and_doubles_are_refused(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    stray = write_cell(folder, "other", 0, 0.3)
+    with pytest.raises(UserError, match=r"cell\.json: 'other' seed 0 is no arm"):
+        load(folder)
+    stray.rename(stray.parent / "away")
+    (folder / "cells" / "se" / "seed0").rename(stray)
+    write_cell(folder, "se", 0, 0.3)
+    with pytest.raises(UserError, match="'se' seed 0 is there twice"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["arms: {}\n", "arms: [a]\nrecipe: {}\nfolds: 0\n", ": :"])
+def test_a_broken_recipe_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere.recipe\.yaml: cannot be read"):
+        load(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------- the images
+
+
+def photos(folder: Path, names: str) -> list[str]:
+    files = [folder / f"{name}.jpg" for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.zeros((8, 8, 3), np.uint8))
+    return [str(file.resolve()) for file in files]
+
+
+@pytest.mark.parametrize(("val", "remembered"), [("train", True), ("val", False)])
+def test_numbers_of_training_images_are_announced_as_memory(tmp_path: Path, val: str, remembered: bool) -> None:
+    photos(tmp_path / "data" / "train", "ab")
+    photos(tmp_path / "data" / "val", "cd")
+    data = {"path": str(tmp_path / "data"), "train": "train", "val": val, "names": ["cat", "dog"]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    folder = ablation_in(tmp_path / "exp", {"plain": {}, "se": {}})
+    judged = {**PERFECT, "paths": np.array(photos(tmp_path / "data" / val, "ab" if remembered else "cd"))}
+    for arm in ("plain", "se"):
+        write_cell(folder, arm, 0, 0.3, judged)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["folds"], recipe["recipe"]["data"] = 0, str(tmp_path / "tiny.yaml")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    text, _, web = report(folder)
+    assert ("how much is remembered" in text) == ('class="warning"' in web) == remembered
+    assert ("none of which is trained on" in text) != remembered
+
+
+def sizes(detections: list[tuple[float, ...]], truth: list[tuple[float, ...]]) -> list[float]:
+    arrays = boxes(detections, truth)
+    return Boxes(
+        paths=arrays["paths"].tolist(),
+        detections=arrays["detections"],
+        image=arrays["detection_image"],
+        truth=arrays["truth"],
+        truth_image=arrays["truth_image"],
+    ).per_size()
+
+
+FULL = 0.995  # YOLOv5's mAP of perfect detections: its last of 101 points is always 0
+
+
+def test_perfect_small_and_missed_large_objects_are_told_apart() -> None:
+    small, medium, large = sizes([(*SMALL, 0.9, 0)], [(0, *SMALL), (0, *LARGE)])
+    assert small == pytest.approx(FULL) and large == 0 and math.isnan(medium)
+
+
+def test_found_objects_of_another_size_are_no_false_alarms() -> None:
+    detections = [(*LARGE, 0.99, 0), (*MEDIUM, 0.95, 0), (*SMALL, 0.5, 0)]
+    assert sizes(detections, [(0, *SMALL), (0, *MEDIUM), (0, *LARGE)]) == pytest.approx([FULL] * 3)
+
+
+def test_a_false_alarm_counts_for_its_own_size_only() -> None:
+    alarm = (400, 400, 410, 410)
+    small, medium, _ = sizes([(*alarm, 0.99, 0), (*SMALL, 0.5, 0), (*MEDIUM, 0.4, 0)], [(0, *SMALL), (0, *MEDIUM)])
+    assert medium == pytest.approx(FULL)
+    assert small == pytest.approx(FULL / 2)  # one hit after one false alarm: precision 1/2 at every recall but 1
+
+
+def test_a_detection_matched_to_a_label_of_another_size_belongs_to_that_label() -> None:
+    label, found = (0, 0, 33, 33), (0, 0, 31, 31)  # 1089 and 961 pixels, IoU 0.88: medium label, small detection
+    small, medium, _ = sizes([(*found, 0.9, 0), (*SMALL, 0.5, 1)], [(0, *label), (1, *SMALL)])
+    assert medium == pytest.approx(FULL * 0.8)  # right at the eight thresholds up to 0.85
+    assert small == pytest.approx(FULL)  # its false alarms, at 0.9 and 0.95, are of a class without small labels
+
+
+def test_boxes_of_exactly_32_squared_are_medium_and_of_96_squared_large() -> None:
+    small, medium, large = sizes([], [(0, 0, 0, 32, 32), (0, 0, 0, 96, 96)])
+    assert math.isnan(small) and (medium, large) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_is_balanced_and_asks_nothing_of_anyone(tmp_path: Path) -> None:
+    gates = [["10", "SE", "0.998", "0.013", "0.004", "-", "0.0%", "1.2%", "never left neutral"]]
+    picture = Path(photos(tmp_path, "p")[0])
+    pictures = [("Found by plain & se", picture), ("gone", tmp_path / "gone.png")]
+    _, _, web = report(ablation_in(tmp_path / "exp", SIX, gates=gates), pictures=pictures)
+    parsed = Balanced(web)
+    assert "<script" not in web and "http" not in web and "@import" not in web and "url(" not in web
+    assert [link[:23] for link in parsed.links] == ["data:image/jpeg;base64,"]
+    assert parsed.tags.count("h1") == 1 and parsed.tags.count("svg") == 3  # two arms' curves and the differences
+    assert web.startswith("<!DOCTYPE html>") and '<html lang="en">' in web and "prefers-color-scheme: dark" in web
+    assert "never left neutral" in web and "gone" not in web
+
+
+def test_nasty_names_stay_text_everywhere(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, {"plain": {0: 0.25}, NASTY: {0: 0.35, 1: 0.3}})
+    text, rows, web = report(folder, command=f"python ablate.py --arm '{NASTY}:gate=gain' </pre><script>")
+    assert "b" not in Balanced(web).tags and "<b>" not in web and "<script" not in web
+    assert html.escape(NASTY) in web
+    assert {row["arm"] for row in rows} == {"plain", NASTY}
+    assert r"\<b\>\&" in text
+    header = next(line for line in text.splitlines() if line.startswith("| arm | seeds"))
+    row = next(line for line in text.splitlines() if line.startswith(r"| \<b"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == header.count("|")
+
+
+def test_gate_tables_may_be_rows_or_printed_lines(tmp_path: Path) -> None:
+    lines = ["layer  gate   mean  verdict", "   10  SE    0.998  a constant"]
+    text, _, web = report(ablation_in(tmp_path, SIX, gates=lines))
+    assert "       10  SE    0.998  a constant" in text and lines[1] in web
+
+
+def test_the_command_versions_and_options_are_there(tmp_path: Path) -> None:
+    text, _, web = report(ablation_in(tmp_path, SIX))
+    assert "    python ablate.py --seeds 6" in text and "cfg=yolov5n.yaml gate=gain" in web
+    assert all(html.escape(value) in web for value in ENVIRONMENT.values())
+
+
+def test_pictures_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.svg").write_text("<svg/>")
+    with pytest.raises(UserError, match=r"p\.svg: a report shows"):
+        report(ablation_in(tmp_path, SIX), pictures=[("a", tmp_path / "p.svg")])
+
+
+def test_a_table_without_rows_is_still_a_table() -> None:
+    table = Table("caption", ["a", "b"], [])
+    Balanced(page("title", [table]))
+    assert "| a | b |" in markdown("title", [table], Path("."))
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 0.48, 4) == [0, 0.2, 0.4]
+    assert ticks(-0.13, 0.07) == [-0.1, -0.05, 0, 0.05]
+    assert ticks(0, 0) == [0]
+
+
+# ------------------------------------------------------------------------------------------------------- half a report
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_report_leaves_the_old_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    before = report(folder)
+    write_cell(folder, "se", 6, 0.4)
+    written = Path.write_text
+
+    def stopped(file: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if "html" in file.name:
+            written(file, text[:100], *args, **kwargs)
+            raise error
+        return written(file, text, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", stopped)
+        with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+            report(folder)
+    if isinstance(error, OSError):
+        assert re.search(r"report\.html: cannot be written \(No space left", str(raised.value))
+    after = [(folder / name).read_text() for name in ("report.md", "report.html")]
+    assert after == [before[0], before[2]]
+    assert not [name for name in os.listdir(folder) if name.endswith(".partial")]
+
+
+def test_the_same_ablation_gives_the_same_report(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    assert report(folder) == report(folder)
+
+
+def test_an_ablation_of_one_arm_compares_nothing(tmp_path: Path) -> None:
+    text, rows, _ = report(ablation_in(tmp_path, {"plain": SIX["plain"]}))
+    assert len(rows) == 6 and "only one arm" in text
+
+
+def test_the_baseline_is_the_first_arm_of_the_recipe(tmp_path: Path) -> None:
+    ablation = load(ablation_in(tmp_path, {"z": {0: 0.2}, "a": {0: 0.3}}))
+    assert ablation.baseline == "z" and list(ablation.cells) == ["z", "a"]
+    assert dataclasses.is_dataclass(ablation) and len(ablation.images) == 2 and len(ablation.labels) == 2
