@@ -66,6 +66,7 @@ svg { fill: currentColor; font: 12px system-ui, sans-serif; }
 svg .axis { stroke: var(--line); }
 svg .zero { stroke: var(--fg); }
 svg .tick { fill: var(--muted); }
+svg .name { stroke: var(--bg); stroke-width: 3; paint-order: stroke; }
 svg .band { fill: var(--accent); fill-opacity: .22; }
 svg .mean { fill: none; stroke: var(--accent); stroke-width: 2.2; }
 svg .base { fill: none; stroke: var(--fg); stroke-width: 1.5; stroke-dasharray: 5 4; }
