@@ -1,0 +1,100 @@
+"""train.py with attention: gates put in by a flag, neutral starts, and weights that must arrive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import quick
+
+import train
+from models import graph
+from models.absorb import gates_in
+from models.checkpoint import load_model, read
+from models.insert import insert, parse
+from tests.conftest import TinyDataset
+from utils.config import ROOT, UserError
+
+SHAPES = str(ROOT / "yolov5n-shapes.pt")
+
+
+def test_a_gate_put_in_by_a_flag_trains_and_its_yaml_stays_in_the_run_folder(
+    tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
+) -> None:
+    done = quick(
+        tmp_path,
+        tiny_dataset,
+        weights=SHAPES,
+        cfg="yolov5n.yaml",
+        insert=["SE:8@after:SPPF", "ECA@before:Detect/1"],
+        epochs=1,
+        min_transfer=90,
+    )
+    assert any("outputs differ by 0 from the file's" in line for line in said)
+    written = done.save_dir / "yolov5n-inserted.yaml"
+    specs = [parse("SE:8@after:SPPF"), parse("ECA@before:Detect/1")]
+    assert written.read_text(encoding="utf-8") == insert("yolov5n.yaml", specs)
+    model = load_model(done.best)
+    gates = {row.module: gates_in(model.model[row.index])[0] for row in model.graph.rows if row.module in ("SE", "ECA")}
+    assert gates["SE"].gain == gates["ECA"].gain == 2.0 and gates["SE"].l1.out_features == 32
+    assert bool(gates["SE"].l2.weight.any()), "one epoch must move a neutral gate"
+    assert graph.read(written).rows[10].args == [1024, 8]
+
+
+def test_an_absorbed_gate_keeps_the_papers_form(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    done = quick(tmp_path, tiny_dataset, weights=SHAPES, cfg="yolov5n-se-last.yaml", gate="absorbed", epochs=1)
+    model = load_model(done.best)
+    assert gates_in(model.model[10])[0].gain == 1.0
+    before, after = read(SHAPES).tensors["model.10.conv.weight"], read(done.best).tensors["model.11.conv.weight"]
+    ratio = (after / before)[before.abs() > 1e-3].median()
+    assert float(ratio) == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"insert": ["SE@after:SPPF"], "cfg": "", "weights": SHAPES}, "--insert needs the YAML"),
+        (
+            {"gate": "gain", "weights": "", "cfg": "yolov5n.yaml"},
+            "--gate and --min-transfer are about what comes from --weights",
+        ),
+        ({"min_transfer": 50.0, "weights": SHAPES, "transfer": "none"}, "--gate and --min-transfer are about"),
+        ({"insert": ["SE@behind:SPPF"], "cfg": "yolov5n.yaml", "weights": SHAPES}, "expected MODULE"),
+        ({"insert": ["SE@after:SPPG"], "cfg": "yolov5n.yaml", "weights": SHAPES}, "Did you mean 'SPPF'"),
+        ({"weights": SHAPES, "cfg": "yolov5s.yaml", "min_transfer": 50.0}, "--min-transfer 50: only 0.0%"),
+    ],
+)
+def test_wrong_words_about_gates_leave_no_run_folder(
+    options: dict[str, object], message: str, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        train.run(data=str(tiny_dataset.yaml), device="cpu", project=str(tmp_path / "runs"), **options)
+    assert message in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_gated_run_that_was_stopped_goes_on(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    """The gain was written into the stored YAML, so the resumed network has it, too."""
+    settings = {"weights": SHAPES, "cfg": "yolov5n.yaml", "insert": ["SE@after:SPPF"]}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole = quick(tmp_path / "a", tiny_dataset, epochs=2, **settings)
+
+    class Stop(Exception):
+        pass
+
+    real = train.Training._finish_epoch
+
+    def stop_after_the_first(self: train.Training, epoch: int, losses: object) -> bool:
+        real(self, epoch, losses)  # type: ignore[arg-type]
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Training, "_finish_epoch", stop_after_the_first)
+        with pytest.raises(Stop):
+            quick(tmp_path / "b", tiny_dataset, epochs=2, **settings)
+    last = next((tmp_path / "b").rglob("last.pt"))
+    train.run(resume=str(last), device="cpu")
+    first, second = read(whole.save_dir / "weights/last.pt").tensors, read(last).tensors
+    assert all(torch.equal(first[key], second[key]) for key in first)
