@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-DOCUMENTS = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/experiments.md")
 OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")  # fetched by name
 OWN_FILES = ("best.pt", "data/fruit.yaml")  # the reader's own, in the examples
 RUN_FILES = re.compile(r"runs/(train|val|detect)/\w+/weights/(best|last)\.pt")  # written by an earlier command
@@ -86,6 +86,21 @@ def parsed(command: Command) -> argparse.Namespace:
     return argparse.Namespace(cfg=words[words.index("--cfg") + 1] if "--cfg" in words else "")
 
 
+def ablation(command: Command) -> argparse.Namespace:
+    """The recipe of an ablation, once its arms are understood and those that insert gates can be made."""
+    import ablate
+    import train
+    from models.insert import insert, parse
+    from utils.trials import arms_of, seeds_of
+
+    own, rest = ablate.build_parser().parse_known_args(command.words[2:])
+    assert seeds_of(own.seeds), command
+    for arm in arms_of(own.cfg, own.arm, train.build_parser()):
+        if arm.options.get("insert"):
+            insert(arm.options["cfg"], [parse(spec) for spec in arm.options["insert"]])
+    return train.build_parser().parse_args(rest)
+
+
 def exists(name: str, folders: tuple[str, ...]) -> bool:
     return any((ROOT / folder / name).exists() for folder in folders)
 
@@ -118,7 +133,7 @@ def test_every_command_is_understood_and_names_files_that_exist(document: str) -
     for command in commands(document):
         assert (ROOT / command.script).is_file(), command
         try:
-            options = parsed(command)
+            options = parsed(command) if command.script != "ablate.py" else ablation(command)
         except SystemExit:
             pytest.fail(f"{command} is not understood")
         assert not missing_files(options), f"{command} names {missing_files(options)}"
@@ -174,7 +189,7 @@ def test_make_demo_runs_the_first_command_of_the_readme() -> None:
 def test_links_and_pictures_lead_to_files(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(document)):
         if not target.startswith("https://"):
-            assert (ROOT / target).is_file(), f"{document} links to {target}"
+            assert ((ROOT / document).parent / target).is_file(), f"{document} links to {target}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
