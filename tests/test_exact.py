@@ -30,7 +30,6 @@ ALL = os.environ.get("EXACT") == "all"
 GATES = sorted(name for name, layer in layer_classes().items() if issubclass(layer, Gate))
 NEUTRAL = [name for name in GATES if layer_classes()[name].neutral is not None]  # type: ignore[attr-defined]
 NETWORKS = sorted(path for path in (ROOT / "models").rglob("yolo*.yaml") if "segment" not in path.parts)
-NARROW = {"width_multiple": 0.25, "depth_multiple": 0.33}
 SMALL = {"width_multiple": 0.5, "depth_multiple": 0.33}
 BUILT_PER_NETWORK, EXACT_PER_NETWORK = 8, 10  # of about 600 each
 # networks whose outputs are compared: both small sizes, a P6 network, several consumers and repeated sources, residuals
@@ -71,7 +70,9 @@ def narrow(cfg: Path | str) -> dict[str, Any]:
 @pytest.mark.parametrize("cfg", NETWORKS, ids=lambda path: path.stem)
 def test_a_gate_anywhere_builds_the_right_network(cfg: Path) -> None:
     plain = graphs.read(cfg)
-    strides = build_model({**plain.yaml, **NARROW}).stride
+    least = min(row.channels for row in plain.rows) / plain.width
+    small = {"width_multiple": max(0.25, 16 / least), "depth_multiple": 0.33}  # 16 channels: a reduction of 16 is legal
+    strides = build_model({**plain.yaml, **small}).stride
     for gate, kind, place in chosen(plain, GATES, BUILT_PER_NETWORK):
         what = f"{cfg.name} {gate} {kind} {place}"
         new = graphs.read(yaml.safe_load(insert(cfg, [Insertion(gate, (), kind, place)])))
@@ -81,7 +82,7 @@ def test_a_gate_anywhere_builds_the_right_network(cfg: Path) -> None:
         for old, row in zip(plain.rows, kept, strict=True):
             same = ("module", "args", "repeats", "inputs", "channels", "stride")
             assert all(getattr(old, name) == getattr(row, name) for name in same), f"{what}: {row.where}"
-        model = build_model({**new.yaml, **NARROW})
+        model = build_model({**new.yaml, **small})
         assert torch.equal(model.stride, strides), what
         for row in inserted:
             assert row.consumers and all(gates_in(model.model[row.index])), what
