@@ -25,14 +25,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from utils.config import UserError
-from utils.dataloaders import Batch
 from utils.drawing import PALETTE, Annotator, color, feature_maps, plot_batch, save_crop, system_font
-from utils.engine import EvalResult, detections_to_draw, labels_to_draw
 from utils.runtime import LOGGER, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from utils.dataloaders import Batch
+    from utils.engine import EvalResult
     from utils.metrics import APResult
 
 __all__ = [
@@ -113,6 +113,8 @@ def plot_evaluation_batch(
     index: int, batch: Batch, detections: list[Tensor], names: Mapping[int, str], save_dir: Path
 ) -> None:
     """Write `val_batch{index}_labels.jpg` and `val_batch{index}_pred.jpg`."""
+    from utils.engine import detections_to_draw, labels_to_draw  # only now: charts of files do without torch
+
     for kind, boxes in (("labels", labels_to_draw(batch)), ("pred", detections_to_draw(detections))):
         plot_batch(batch.images, boxes, batch.paths, dict(names), save_dir / f"val_batch{index}_{kind}.jpg")
 
