@@ -27,7 +27,7 @@ test: $(READY) ## run every test
 fast: $(READY) ## run the tests that take seconds
 	$(PY) -m pytest -m "not slow"
 
-exact: $(READY) ## every gate at every place of every network, bit for bit (hours)
+exact: $(READY) ## every gate at every place of every network, bit for bit (an hour)
 	EXACT=all $(PY) -m pytest tests/test_exact.py -s
 
 check: $(READY) ## what to run before every commit: format, lint, types, fast tests

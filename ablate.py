@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train
-from utils.config import ArgumentParser, UserError, check_minimum
-from utils.runtime import LOGGER, ROOT, relative, run_script, setup_logging
+from utils.config import ArgumentParser, UserError, check_minimum, options_from
+from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging, write_texts
 
 if TYPE_CHECKING:
     from utils.trials import Cell
@@ -51,7 +51,6 @@ def build_parser() -> ArgumentParser:
     add("--train-is-val", action="store_true", help="insist on validating on the training images")
     add("--jobs", type=int, default=1, help="cells at once")
     add("--devices", default="", help="CUDA numbers that the jobs are spread over: 0,1,2,3")
-    add("--engine", default="local", choices=("local",), help="where cells run")
     add("--project", default=str(ROOT / "runs/ablate"), help="folder of the ablations")
     add("--name", default="exp", help="name of this one; the same name goes on where it stopped")
     return parser
@@ -80,9 +79,9 @@ def try_arm(cell: Cell) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         settings = {**cell.options, "project": folder, "name": "try", "noplots": True, "workers": 0, "cache": None}
-        options = train.options_from(train.build_parser(), settings)
+        options = options_from(train.build_parser(), settings)
         train.check(options)
-        parts = train.Training(options, train.select_device(_device(cell)), None)
+        parts = train.Training(options, select_device(_device(cell)), None)
         batch = next(iter(parts.loader))
         images = to_float(batch.images, parts.device)
         loss, _ = parts.trainer.compute_loss(parts.model.train()(images), batch.targets.to(parts.device))
@@ -120,9 +119,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             train.run(**{**cell.options, **place, "device": _device(cell)})
         judged = judge(last, cell)
     result = {"arm": cell.arm, "seed": cell.seed, "seconds": round(time.monotonic() - begun, 1), **judged}
-    partial = cell.folder / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(partial, cell.folder / RESULT)
+    write_texts({cell.folder / RESULT: json.dumps(result, indent=1)})
     return result
 
 
@@ -150,16 +147,23 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
     from utils.dataloaders import LoaderOptions, build_loader, prepare
     from utils.engine import EvalOptions, evaluate, round_up
 
-    device = train.select_device(_device(cell))
+    device = select_device(_device(cell))
     model = load_model(weights, device).to(memory_format=torch.channels_last)
     stride = max(int(model.stride.max()), 32)
-    spec = prepare(cell.options["data"])
-    size = round_up(cell.options["imgsz"], stride)
-    loader, _ = build_loader(
-        spec, spec.split("val"), LoaderOptions(imgsz=size, batch_size=16, stride=stride, rect=True, pad=0.5, workers=0)
+    spec, single = prepare(cell.options["data"]), cell.options["single_cls"]
+    how = LoaderOptions(
+        imgsz=round_up(cell.options["imgsz"], stride),
+        batch_size=16,
+        stride=stride,
+        rect=True,
+        pad=0.5,
+        single_cls=single,
+        workers=0,
     )
+    loader, _ = build_loader(spec, spec.split("val"), how)
     found: list[Any] = []
-    result = evaluate(model, loader, EvalOptions(spec.num_classes, progress=False), on_image=found.append)
+    options = EvalOptions(len(model.names), single_cls=single, progress=False)
+    result = evaluate(model, loader, options, on_image=found.append)
     loader.close()
     numbers = [len(image.detections) for image in found]
     np.savez_compressed(
@@ -174,7 +178,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
     classes = [int(c) for c in result.ap.classes]
     return {
         **dict(zip(names, map(float, result.summary[:4]))),
-        "per_class": {spec.names[c]: float(result.maps[c]) for c in classes},
+        "per_class": {model.names[c]: float(result.maps[c]) for c in classes},
     }
 
 
@@ -194,11 +198,11 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     from utils.labels import image_files
 
     file = folder / "arms.json"
-    arms = json.loads(file.read_text(encoding="utf-8"))
+    arms = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     first = {cell.arm: cell for cell in reversed(cells) if cell.done}
     if not first:
         return
-    device = train.select_device(_device(next(iter(first.values()))))
+    device = select_device(_device(next(iter(first.values()))))
     models = {
         arm: load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
         for arm, cell in first.items()
@@ -207,16 +211,17 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     for (arm, model), milliseconds in zip(models.items(), latencies(list(models.values()), image)):
         stride = max(int(model.stride.max()), 32)
-        arms[arm].update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
+        costs = arms.setdefault(arm, {})
+        costs.update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             model(image)
-            arms[arm]["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+            costs["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         if gates_in(model):
             paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]
             found = inspect_gates(model, (read_image(path) for path in paths), size)
-            arms[arm]["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
-    file.write_text(json.dumps(arms, indent=1), encoding="utf-8")
+            costs["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
+    write_texts({file: json.dumps(arms, indent=1)})
 
 
 def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tuple[str, Path]]:
@@ -224,7 +229,7 @@ def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tu
     import numpy as np
     import torch
 
-    from utils.dataloaders import prepare
+    from models.checkpoint import load_model
     from utils.drawing import plot_batch
     from utils.images import read_image
 
@@ -232,7 +237,7 @@ def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tu
     shown = [cell for cell in cells if cell.done and cell.seed == seed]
     if not shown:
         return []
-    names = prepare(shown[0].options["data"]).names
+    names = load_model(shown[0].folder / "weights/last.pt").names
     judged = [np.load(cell.folder / "judged.npz") for cell in shown]
     busiest = np.bincount(judged[0]["truth_image"], minlength=len(judged[0]["paths"])).argsort()[::-1]
     pictures = []
@@ -294,14 +299,24 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     """Run what is missing of an ablation, whose recipe are train.py's `options`, and report it; its folder."""
     from utils.recorder import write_yaml
     from utils.statistics import scipy_stats
-    from utils.trials import PER_ARM, PER_CELL, arms_of, check_recipe, make_cells, plain_recipe, seeds_of, write_splits
+    from utils.trials import (
+        PER_ARM,
+        PER_CELL,
+        arms_of,
+        check_recipe,
+        make_cells,
+        plain_recipe,
+        seeds_of,
+        threads_of,
+        write_splits,
+    )
 
     check_minimum(own, jobs=1, folds=0)
     scipy_stats()  # its absence should not be found after hours of training
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
     seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
-    threads = max((os.cpu_count() or 1) // own.jobs, 1)
+    threads = threads_of(folder, max((os.cpu_count() or 1) // own.jobs, 1))
     fixed = {"arms": {arm.name: arm.options for arm in arms}, "folds": own.folds, "threads": threads, "recipe": recipe}
     check_recipe(folder, fixed)
     splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
@@ -315,7 +330,10 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
         failed = _run_all(pool, todo)
     for cell, why in failed:
         LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why}. Its log: {relative(cell.folder / 'log.txt')}")
-    write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
+    if any(cell.done for cell in cells):
+        write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again.")
     return folder
 
 
@@ -340,7 +358,7 @@ def _try_arms(pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path) ->
             raise UserError(f"arm '{cell.arm}': {error}") from None
         LOGGER.info(f"arm '{cell.arm}': {found[cell.arm]}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "arms.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_texts({folder / "arms.json": json.dumps(found, indent=1)})
 
 
 def _run_all(pool: ProcessPoolExecutor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:

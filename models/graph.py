@@ -107,6 +107,11 @@ def wiring(module: str) -> tuple[str, ...]:
     return ("conv",) if module == "nn.ConvTranspose2d" else getattr(layer_classes().get(module), "wiring", ())
 
 
+def gates() -> list[str]:
+    """Names of the layers that keep what they are given in channels and size, and so can be inserted anywhere."""
+    return sorted(name for name in layer_classes() if wiring(name) == ("preserve",))
+
+
 def listed(raw_from: Any) -> list[Any]:
     """A row's `from` as a list."""
     return raw_from if isinstance(raw_from, list) else [raw_from]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 import shlex
 import sys
@@ -57,9 +56,9 @@ import yaml
 
 from models import graph as graphs
 from models.grammar import literal
-from models.graph import HEADS, SEVERAL, Graph, Row, layer_classes, listed, scaled_channels, wiring
+from models.graph import HEADS, SEVERAL, Graph, Row, gates, layer_classes, listed, scaled_channels, wiring
 from utils.config import UserError, closest, display_path
-from utils.runtime import LOGGER
+from utils.runtime import LOGGER, write_texts
 
 WORDS = {"r": "reduction", "k": "kernel"}  # for the constructor's names, in a new row's comment
 OWN_INDEX = re.compile(r"[ \t\],]*?([ \t]*)#[ \t]*(\d+)(?!\w|\.\d)")  # a comment that begins with a number
@@ -102,11 +101,6 @@ def _value(text: str) -> Value:
     if value is None or (isinstance(value, (int, float)) and math.isfinite(value)):
         return value
     raise UserError(f"'{text}' cannot be a gate's argument: expected a number, None, True or False.")
-
-
-def gates() -> list[str]:
-    """Names of the layers that keep what they are given in channels and size, and so can be inserted anywhere."""
-    return sorted(name for name in layer_classes() if wiring(name) == ("preserve",))
 
 
 # -------------------------------------------------------------------------------------------------------------- places
@@ -414,18 +408,9 @@ def _check(text: str, network: _Network) -> None:
 
 
 def write(cfg: str | Path, insertions: Sequence[Insertion], file: str | Path) -> Path:
-    """Write what `insert` makes beside `file` and move it over, so that an interruption leaves an old file whole."""
-    text, file = insert(cfg, insertions), Path(file)
-    if not file.parent.is_dir():
-        raise UserError(f"{display_path(file)}: cannot be written: there is no folder {display_path(file.parent)}.")
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(text.encode("utf-8"))
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{display_path(file)}: cannot be written ({error.strerror}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write what `insert` makes; an old file stays whole until the new one is complete."""
+    file = Path(file)
+    write_texts({file: insert(cfg, insertions)})
     return file
 
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from models.absorb import gates_in
 from models.checkpoint import load_model
 from models.common import Gate
-from models.graph import layer_classes, wiring
+from models.graph import gates as gate_names
 from models.yolo import DetectionModel
 from utils.augmentations import letterbox
 from utils.config import UserError, check_minimum
@@ -138,8 +138,9 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
     """
     gates = [(row.index, gate) for row in model.graph.rows for gate in gates_in(model.model[row.index])]
     if not gates:
-        names = ", ".join(sorted(name for name in layer_classes() if wiring(name) == ("preserve",)))
-        raise UserError(f"its network has no attention gate ({names}). Give the checkpoint of one that has.")
+        raise UserError(
+            f"its network has no attention gate ({', '.join(gate_names())}). Give the checkpoint of one that has."
+        )
     recorders = [_Recorder(index, gate) for index, gate in gates]
     handles = [gate.register_forward_hook(recorder) for (_, gate), recorder in zip(gates, recorders)]
     device, stride = next(model.parameters()).device, max(int(model.stride.max()), 32)

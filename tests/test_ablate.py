@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import train
 from tests.conftest import TinyDataset
 from utils.config import UserError
 from utils.recorder import write_yaml
-from utils.trials import Arm, arms_of, check_recipe, fold, make_cells, plain_recipe, seeds_of, write_splits
+from utils.trials import (
+    Arm,
+    Cell,
+    arms_of,
+    check_recipe,
+    fold,
+    make_cells,
+    plain_recipe,
+    seeds_of,
+    threads_of,
+    write_splits,
+)
 
 
 def arms(*cfgs: str, arm: tuple[str, ...] = ()) -> list[Arm]:
@@ -111,6 +123,13 @@ def test_another_recipe_in_the_same_folder_is_refused_and_shown(tmp_path: Path) 
         check_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
 
 
+def test_an_ablation_keeps_the_threads_it_was_begun_with(tmp_path: Path) -> None:
+    """Sums depend on them; without this, fewer --jobs would be refused as another recipe."""
+    assert threads_of(tmp_path, 2) == 2
+    write_yaml(tmp_path / "recipe.yaml", {"threads": 1})
+    assert threads_of(tmp_path, 2) == 1
+
+
 def test_cells_go_seed_by_seed_with_the_arms_hyper_parameters(tmp_path: Path) -> None:
     recipe = vars(train.build_parser().parse_args([]))
     both = [Arm("a", {"cfg": "a.yaml"}), Arm("b", {"cfg": "a.yaml", "hyp_changes": {"lr0": 0.5}})]
@@ -137,6 +156,31 @@ def options(data: Path, project: Path, **changes: Any) -> tuple[argparse.Namespa
         f"--data {data} --weights yolov5n-shapes.pt --epochs 1 --img 64 --batch 4 --workers 0 --noplots --device cpu"
     )
     return own, vars(train.build_parser().parse_args(words.split()))
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_cell(cell: Cell) -> dict[str, Any]:
+        if cell.seed == 1:
+            raise UserError("no space left\nand more")
+        return {"mAP50": 0.5, "mAP50-95": 0.25}
+
+    monkeypatch.setattr(ablate, "run_cell", run_cell)
+    cells = [Cell("a", seed, tmp_path, {}) for seed in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        failed = ablate._run_all(pool, cells)  # type: ignore[arg-type]
+    assert failed == [(cells[1], "UserError: no space left")]
+
+
+@pytest.mark.slow
+def test_one_class_is_judged_as_one_class(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    own, recipe = options(own_tiny_dataset.yaml, tmp_path / "runs", seeds=["0,"])
+    folder = ablate.ablate(own, {**recipe, "single_cls": True})
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("cell.json")]
+    assert len(entries) == 2 and all(list(entry["per_class"]) == ["item"] for entry in entries)
+    for file in folder.rglob("judged.npz"):
+        with np.load(file) as judged:
+            assert set(judged["truth"][:, 0]) == {0} and set(judged["detections"][:, 5]) <= {0}
+    assert (folder / "report.html").is_file() and (folder / "report.md").is_file()
 
 
 @pytest.mark.slow

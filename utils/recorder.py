@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from utils.config import UserError, display_path
+from utils.runtime import write_texts
 
 COLUMNS = (
     "train/box_loss",
@@ -40,7 +40,7 @@ class Recorder:
         self.file = save_dir / "results.csv"
         rows = _rows_before(self.file, start_epoch) if start_epoch and self.file.exists() else []
         header = ",".join(f"{name:>20}" for name in ("epoch", *COLUMNS))
-        _write(self.file, [header, *rows])
+        write_texts({self.file: "\n".join([header, *rows]) + "\n"})
         self._board = _summary_writer(save_dir, start_epoch)
 
     def log(self, epoch: int, values: Sequence[float]) -> None:
@@ -83,13 +83,6 @@ def _rows_before(file: Path, epoch: int) -> list[str]:
         if int(first) < epoch:
             kept.append(line)
     return kept
-
-
-def _write(file: Path, lines: Sequence[str]) -> None:
-    """Written beside and moved over, so that an interruption leaves the old file whole."""
-    temporary = file.with_suffix(".csv.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def _summary_writer(save_dir: Path, start_epoch: int) -> Any:

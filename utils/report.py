@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from utils.config import UserError, display_path, load_dataset
+from utils.config import UserError, load_dataset
 from utils.labels import image_files
 from utils.report_data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
 from utils.report_html import (
@@ -37,6 +36,7 @@ from utils.report_html import (
     markdown,
     page,
 )
+from utils.runtime import write_texts
 from utils.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
 
 __all__ = ["load", "write"]
@@ -49,7 +49,6 @@ COSTS = {
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
 }
-GATE_COLUMNS = ("layer", "gate", "mean", "channels", "images", "positions", "saturated", "from neutral", "verdict")
 SIZE_LIMITS = ("below 32² px", "32² to 96² px", "96² px and more")
 CLASSES_SHOWN = 10
 RESAMPLES = 300  # of the images: half an interval is then off by a tenth or so, with 1,000 by a twentieth
@@ -90,23 +89,9 @@ def write(
     ]
     files = folder / "report.md", folder / "results.csv", folder / "report.html"
     texts = markdown(title, blocks, folder), _results_csv(ablation), page(title, blocks)
-    _write_all(dict(zip(files, texts)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_texts(dict(zip(files, texts)))
     return files
-
-
-def _write_all(texts: Mapping[Path, str]) -> None:
-    partials = {file: file.with_name(f".{file.name}.partial") for file in texts}
-    try:
-        for file, partial in partials.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(texts[file], encoding="utf-8", newline="\n")
-        for file, partial in partials.items():
-            os.replace(partial, file)
-    except OSError as error:
-        raise UserError(f"{display_path(file)}: cannot be written ({error.strerror}).") from None
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def _results_csv(ablation: Ablation) -> str:
@@ -375,18 +360,9 @@ def _classes(ablation: Ablation) -> list[Block]:
 
 
 def _gates(ablation: Ablation) -> list[Block]:
-    """Tables of `models.inspect_gates`: rows of cells, or the lines it prints."""
-    blocks: list[Block] = []
-    for arm, costs in ablation.costs.items():
-        rows = costs.get("gates") or []
-        lines = [rows] if isinstance(rows, str) else [row for row in rows if isinstance(row, str)]
-        if lines:
-            blocks.append(Code(arm, "\n".join(lines)))
-            continue
-        texts = [[str(value) for value in row] for row in rows]
-        header, *texts = texts if texts and texts[0][:1] == [GATE_COLUMNS[0]] else [list(GATE_COLUMNS), *texts]
-        if texts:
-            blocks.append(Table(arm, header, texts))
+    """Tables of `models.inspect_gates`: rows of cells, the header first."""
+    tables = {arm: costs["gates"] for arm, costs in ablation.costs.items() if costs.get("gates")}
+    blocks = [Table(arm, header, rows) for arm, (header, *rows) in tables.items()]
     return [Heading("What the gates do"), *blocks] if blocks else []
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,27 @@ def make_run_dir(options: argparse.Namespace, inside: str = "") -> Path:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{relative(run_dir)}: cannot be made ({error.strerror}). Choose another --project.") from None
     return run_dir
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write files, line ends as given, each in one step: all lie on the disk beside their places before any is moved.
+
+    An interruption leaves an old file whole.
+
+    Raises:
+        UserError: a folder that is not there, may not be written to, or a full disk.
+    """
+    partials = {file: file.with_name(f".{file.name}.{os.getpid()}.partial") for file in texts}
+    try:
+        for file, partial in partials.items():
+            partial.write_bytes(texts[file].encode("utf-8"))
+        for file, partial in partials.items():
+            os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"{relative(file)}: cannot be written ({error.strerror}).") from None
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def user_cache_dir() -> Path:

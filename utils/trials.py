@@ -195,6 +195,12 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         )
 
 
+def threads_of(folder: Path, usual: int) -> int:
+    """Threads per cell: those an ablation was begun with, since sums depend on them; `usual` for a new one."""
+    file = folder / "recipe.yaml"
+    return int(read_yaml(file).data.get("threads", usual)) if file.exists() else usual
+
+
 def plain_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it comes back from its file."""
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
