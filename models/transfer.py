@@ -156,6 +156,7 @@ def transfer(
     for index in gates:
         copy.why[index] = start_gate_(model, index, gate or (DEFAULT_GATE if aligned else "random"))
     rows = row_reports(copy, source, target, pairs)
+    warnings = wiring_warnings(source, target, pairs, name) if aligned else _strangers(copy, name, target)
     return Report(
         name,
         rows,
@@ -167,7 +168,7 @@ def transfer(
         anchors,
         len(copy.placed),
         len(checkpoint.tensors),
-        tuple(wiring_warnings(source, target, pairs, name)) if aligned else (),
+        tuple(warnings if aligned or bare else ()),
         tuple(gates),
     )
 
@@ -179,6 +180,18 @@ def _check_words(mode: str, gate: str | None) -> None:
         raise UserError(f"--gate {gate}: unknown. Write one of {', '.join(GATE_STARTS)}.")
     if mode == "index" and gate in ("absorbed", "gain"):
         raise UserError(f"--gate {gate} needs --transfer aligned: matched by index, the layers behind a gate are lost.")
+
+
+def _strangers(copy: Copy, name: str, target: Graph) -> list[str]:
+    """A warning where tensors without a network do not all fit the one they were taken to be of."""
+    stored = len(copy.checkpoint.tensors)
+    if len(copy.placed) == stored:
+        return []
+    return [
+        f"{name}: does not say which network it is of, and {stored - len(copy.placed)} of its {stored} tensors do not"
+        f" fit {target.file}. Store its own network with it first: 'python models/transfer.py --weights {name} --cfg"
+        " <its YAML> --out named.pt'."
+    ]
 
 
 def _inserted_gates(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> list[int]:
@@ -240,6 +253,8 @@ def start_network(
     Raises:
         UserError: as `read` and `transfer`; less than `min_transfer` came over.
     """
+    if not 0 <= min_transfer <= 100:
+        raise UserError(f"--min-transfer {min_transfer:g}: expected a percentage, 0 to 100.")
     checkpoint = read(weights, training=False)
     names = dict(names or checkpoint.names)
     if not cfg:
@@ -273,15 +288,18 @@ def run(arguments: Namespace) -> None:
     if out.exists() and not arguments.exist_ok:
         raise UserError(f"--out {out}: exists already. Choose another name, or add --exist-ok to replace it.")
     names = load_dataset(arguments.data).names if arguments.data else None
+    weights = find_weights(arguments.weights)
     model, report = start_network(
         arguments.cfg,
-        find_weights(arguments.weights),
+        weights,
         names,
         mode=arguments.transfer,
         gate=arguments.gate,
         min_transfer=arguments.min_transfer,
     )
     assert report is not None
+    if report.difference is None:  # measured already where gates were put in
+        report = replace(report, difference=output_difference(model, read(weights, training=False), model.names))
     LOGGER.info("\n".join(report.lines()))
     save(
         out,

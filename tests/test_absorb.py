@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from models.absorb import absorbing, gates_in, start_gate_
 from models.checkpoint import read, save
-from models.transfer import Report, output_difference, start_network, transfer
+from models.transfer import Report, output_difference, run, start_network, transfer
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT, UserError
 
@@ -213,6 +214,21 @@ def test_too_little_transferred_is_an_error(shapes: Path) -> None:
     assert start("yolov5n-se-last.yaml", shapes, min_transfer=95)[1].percent_parameters > 99
 
 
+def test_a_share_that_no_file_can_reach_is_refused(shapes: Path) -> None:
+    for share in (-1, 101):
+        with pytest.raises(UserError, match="expected a percentage, 0 to 100"):
+            start("yolov5n.yaml", shapes, min_transfer=share)
+
+
+def test_nameless_tensors_of_another_network_are_told_of(shapes: Path, tmp_path: Path, said: list[str]) -> None:
+    torch.save(read(shapes).tensors, tmp_path / "bare.pt")
+    checkpoint = read(tmp_path / "bare.pt")
+    own = transfer(DetectionModel("yolov5n.yaml", nc=6), checkpoint)
+    assert own.copied == own.total == 349 and not own.warnings
+    (warning,) = transfer(DetectionModel("yolov5n-se-last.yaml", nc=6), checkpoint).warnings
+    assert "does not say which network it is of, and 151 of its 349 tensors do not fit" in warning
+
+
 def test_a_neutral_start_needs_aligned_rows(shapes: Path) -> None:
     with pytest.raises(UserError, match="--gate absorbed needs --transfer aligned"):
         start("yolov5n-se-last.yaml", shapes, mode="index", gate="absorbed")
@@ -229,10 +245,6 @@ def test_no_cfg_is_the_files_own_network(shapes: Path) -> None:
 
 
 def test_the_command_writes_a_checkpoint_that_is_read_like_any_other(shapes: Path, in_tmp: Path) -> None:
-    import argparse
-
-    from models.transfer import run
-
     options = {
         "weights": str(shapes),
         "cfg": "yolov5n-se-presppf.yaml",
@@ -249,6 +261,19 @@ def test_the_command_writes_a_checkpoint_that_is_read_like_any_other(shapes: Pat
     assert output_difference(model, read(shapes), checkpoint.names) == 0
     with pytest.raises(UserError, match="exists already"):
         run(arguments)
+
+
+def test_the_table_says_by_how_much_outputs_differ_whatever_was_matched(
+    shapes: Path, in_tmp: Path, said: list[str]
+) -> None:
+    options = {"weights": str(shapes), "data": "", "gate": None, "min_transfer": 0, "exist_ok": True, "out": "a.pt"}
+    for cfg, mode, wanted in (
+        ("yolov5n.yaml", "aligned", "difference 0"),
+        ("yolov5n-se-last.yaml", "index", "difference"),
+    ):
+        said.clear()
+        run(argparse.Namespace(**options, cfg=cfg, transfer=mode))
+        assert any(f"outputs on a probe image: largest {wanted}" in line for line in said), said
 
 
 @pytest.mark.parametrize("cfg", ["yolov5n-se-last.yaml", "yolov5n-se-presppf.yaml"])
