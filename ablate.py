@@ -22,9 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,8 @@ def build_parser() -> ArgumentParser:
     add("--seeds", nargs="+", default=["3"], help="how many, or which (two or more numbers)")
     add("--folds", type=int, default=0, help="split train's images anew per seed; every K-th part is held out")
     add("--train-is-val", action="store_true", help="insist on validating on the training images")
-    add("--jobs", type=int, default=1, help="cells at once")
+    add("--jobs", type=int, default=1, help="cells at once on a machine, which share its cores")
+    add("--engine", choices=["local", "ray"], default="local", help="processes here, or the slots of a Ray cluster")
     add("--devices", default="", help="CUDA numbers that the jobs are spread over: 0,1,2,3")
     add("--project", default=str(ROOT / "runs/ablate"), help="folder of the ablations")
     add("--name", default="exp", help="name of this one; the same name goes on where it stopped")
@@ -57,15 +57,6 @@ def build_parser() -> ArgumentParser:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cells
-
-
-def start_worker(threads: int, devices: Any) -> None:
-    """Give a process of the pool its share of the cores, and a device where devices are shared out."""
-    import torch
-
-    torch.set_num_threads(threads)
-    if devices is not None:
-        os.environ["ABLATE_DEVICE"] = devices.get()
 
 
 def try_arm(cell: Cell) -> dict[str, Any]:
@@ -337,18 +328,17 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     return folder
 
 
-def _pool(own: argparse.Namespace, threads: int) -> ProcessPoolExecutor:
-    context = get_context("spawn")
-    devices = None
+def _pool(own: argparse.Namespace, threads: int) -> Executor:
+    from utils.pools import RayPool, local_pool
+
+    if own.engine == "local":
+        return local_pool(own.jobs, threads, own.devices)
     if own.devices:
-        devices = context.Queue()
-        names = own.devices.split(",")
-        for job in range(own.jobs):
-            devices.put(names[job % len(names)])
-    return ProcessPoolExecutor(own.jobs, context, start_worker, (threads, devices))
+        raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
+    return RayPool(threads)
 
 
-def _try_arms(pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path) -> None:
+def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
     """Every arm is built and sees one batch; the first mistake ends the ablation before it begins."""
     found = {}
     for cell, future in [(cell, pool.submit(try_arm, cell)) for cell in cells]:
@@ -361,7 +351,7 @@ def _try_arms(pool: ProcessPoolExecutor, cells: Sequence[Cell], folder: Path) ->
     write_texts({folder / "arms.json": json.dumps(found, indent=1)})
 
 
-def _run_all(pool: ProcessPoolExecutor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:
+def _run_all(pool: Executor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:
     """Run cells side by side; those that failed, with why."""
     begun, failed = time.monotonic(), []
     futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(run_cell, cell): cell for cell in cells}

@@ -56,6 +56,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.training",
         "utils.recorder",
         "utils.trials",
+        "utils.pools",
         "utils.drawing",
         "utils.plots",
         "utils.report_data",

@@ -1,0 +1,115 @@
+"""Where cells run: whatever runs them, the same numbers; nothing goes on once its ablation was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablate
+from models.checkpoint import read
+from tests.conftest import TinyDataset
+from tests.test_ablate import options
+from utils.config import UserError
+from utils.pools import RayPool
+from utils.runtime import ROOT
+from utils.trials import Cell
+
+
+def test_without_ray_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--engine ray needs Ray: pip install.*--engine local"):
+        RayPool(1)
+
+
+def test_devices_are_rays_to_hand_out() -> None:
+    own = ablate.build_parser().parse_args(["--engine", "ray", "--devices", "0,1"])
+    with pytest.raises(UserError, match=r"--devices: Ray hands out the GPUs itself"):
+        ablate._pool(own, 1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere:port"])
+def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers there"):
+        RayPool(1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc to find the processes")
+def test_trainings_end_with_a_killed_ablation(tmp_path: Path) -> None:
+    """They would write into the folders in which the next start trains."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.pools import local_pool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = local_pool(2, 1, '')\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    [pool.submit(time.sleep, 600) for _ in range(2)]\n"
+        "    time.sleep(600)\n",
+        encoding="utf-8",
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as ablation:
+        assert ablation.stdout
+        worker = int(ablation.stdout.readline())
+        assert _alive(worker)
+        ablation.send_signal(signal.SIGKILL)
+    for _ in range(600):
+        if not _alive(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {worker} goes on after its ablation was killed")
+
+
+@pytest.mark.slow
+def test_ray_gives_cell_for_cell_what_processes_give(
+    own_tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real Ray, started here."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    results: dict[str, dict[str, object]] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for engine in ("local", "ray"):
+        own, recipe = options(own_tiny_dataset.yaml, tmp_path / engine, engine=engine, jobs=2)
+        folder = ablate.ablate(own, recipe)
+        assert (folder / "report.html").is_file()
+        results[engine], tensors[engine] = {}, {}
+        for cell in folder.glob("cells/*/*"):
+            name = f"{cell.parent.name} {cell.name}"
+            results[engine][name] = {**json.loads((cell / "cell.json").read_text(encoding="utf-8")), "seconds": 0}
+            weights = read(cell / "weights/last.pt").tensors
+            tensors[engine].update({f"{name} {key}": tensor for key, tensor in weights.items()})
+    assert len(results["local"]) == 4 and results["ray"] == results["local"]
+    assert tensors["ray"].keys() == tensors["local"].keys() and len(tensors["ray"]) > 1000
+    assert all(torch.equal(tensor, tensors["local"][key]) for key, tensor in tensors["ray"].items())
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_ray_hands_back_the_mistake_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with RayPool(1) as pool:
+        error = pool.submit(ablate.run_cell, Cell("a", 0, tmp_path / "seed0", {})).exception()
+        assert isinstance(error, KeyError) and "Traceback" not in str(error)
+    with pytest.raises(UserError, match="no node of the Ray cluster has the 999 CPUs"):
+        RayPool(999)
