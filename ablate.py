@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,15 +205,26 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
         stride = max(int(model.stride.max()), 32)
         costs = arms.setdefault(arm, {})
         costs.update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            model(image)
-            costs["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            costs["memory_mb"] = fresh.submit(memory_of, first[arm]).result()
         if gates_in(model):
             paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]
             found = inspect_gates(model, (read_image(path) for path in paths), size)
             costs["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
     write_texts({file: json.dumps(arms, indent=1)})
+
+
+def memory_of(cell: Cell) -> float | None:
+    """MB that one image takes in a trained cell's network, to be asked of a process of its own."""
+    import torch
+
+    from models.checkpoint import load_model
+    from models.measure import image_memory
+
+    device, size = select_device(_device(cell)), cell.options["imgsz"]
+    model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
+    image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    return image_memory(model, image)
 
 
 def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tuple[str, Path]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,32 @@ def latencies(models: Sequence[nn.Module], images: Tensor, rounds: int = 50) -> 
             if number >= 3:
                 times[index].append(watch.seconds * 1e3)
     return [float(np.median(values)) for values in times]
+
+
+@torch.inference_mode()
+def image_memory(model: nn.Module, images: Tensor) -> float | None:
+    """MB that a forward pass needs at its peak beside what was there before it; None where that cannot be read.
+
+    On CUDA it is what the allocator handed out. On a CPU it is how far the process grew, which Linux alone tells, and
+    only a process that has not freed much before grows by as much as it needs: measure each network in one of its own.
+    """
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        model(images)
+        return (torch.cuda.max_memory_allocated(images.device) - before) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        return None
+    reset.write_text("5", encoding="ascii")  # "the peak is what is resident now", says proc(5)
+    resident = _peak_resident()
+    model(images)
+    return _peak_resident() - resident
+
+
+def _peak_resident() -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
 
 
 def profile_training(model: nn.Module, images: Tensor) -> None:

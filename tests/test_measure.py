@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from models.measure import gflops
+from models.measure import gflops, image_memory
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT
 
@@ -130,3 +133,31 @@ def test_the_summary_names_the_network(caplog: pytest.LogCaptureFixture) -> None
     assert line == "YOLOv5n summary: 125 layers, 1,872,157 parameters, 1,872,157 gradients, 4.6 GFLOPs"
     assert line in caplog.text
     assert DetectionModel(nano.yaml).info().startswith("Model summary: 125 layers")
+
+
+class Spread(nn.Module):
+    """Needs so many MB in between, and returns little."""
+
+    def __init__(self, megabytes: int) -> None:
+        super().__init__()
+        self.megabytes = megabytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_ones(self.megabytes, 2**18).sum()
+
+
+def memory_of_spread(megabytes: int) -> float | None:
+    return image_memory(Spread(megabytes), torch.zeros(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells how far a process grew")
+def test_memory_is_what_a_forward_pass_needs_in_between() -> None:
+    for megabytes in (100, 20):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            measured = fresh.submit(memory_of_spread, megabytes).result()
+        assert measured == pytest.approx(megabytes, abs=5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_memory_on_cuda_is_what_the_allocator_handed_out() -> None:
+    assert image_memory(Spread(100), torch.zeros(1, device="cuda")) == pytest.approx(100, abs=1)

@@ -45,7 +45,7 @@ COSTS = {
     "parameters": "parameters",
     "gflops": "GFLOPs",
     "latency_ms": "latency, ms",
-    "memory_mb": "memory, MB",
+    "memory_mb": "memory of one image, MB",
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
 }
