@@ -332,7 +332,8 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
             write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
         failed = _run_all(pool, todo)
     for cell, why in failed:
-        LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why}. Its log: {relative(cell.folder / 'log.txt')}")
+        log = relative(cell.folder / "log.txt")
+        LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
     if any(cell.done for cell in cells):
         write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
     if failed:
