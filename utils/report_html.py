@@ -23,7 +23,7 @@ IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 PANEL_WH, ROW_WIDTH, ROW_HEIGHT = (300, 190), 400, 58  # user units; about CSS pixels on a phone
 LONG_CELL = 32  # characters from which the cells of a column are broken into lines
 LONGEST_LABEL = 50  # characters that fit into ROW_WIDTH
-EDGES_LRTB = (34, 10, 8, 34)  # room around a panel for its axes: left, right, top, bottom
+EDGES_LRTB = (52, 10, 8, 34)  # room around a panel for its axes: left, right, top, bottom
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --muted: #59636e; --line: #d1d9e0; --soft: #f3f5f7;
