@@ -342,10 +342,10 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
 
 
 def _pool(own: argparse.Namespace, threads: int) -> Executor:
-    from utils.pools import RayPool, local_pool
+    from utils.pools import LocalPool, RayPool
 
     if own.engine == "local":
-        return local_pool(own.jobs, threads, own.devices)
+        return LocalPool(own.jobs, threads, own.devices)
     if own.devices:
         raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
     return RayPool(threads)

@@ -53,30 +53,41 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc to find the processes")
-def test_trainings_end_with_a_killed_ablation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals, tmp_path: Path) -> None:
     """They would write into the folders in which the next start trains."""
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.pools import local_pool\n"
+        "from utils.pools import LocalPool\n"
         "if __name__ == '__main__':\n"
-        "    pool = local_pool(2, 1, '')\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    [pool.submit(time.sleep, 600) for _ in range(2)]\n"
-        "    time.sleep(600)\n",
+        "    with LocalPool(2, 1, '') as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        [pool.submit(time.sleep, 600) for _ in range(9)]\n"
+        "        time.sleep(600)\n",
         encoding="utf-8",
     )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as ablation:
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    ) as ablation:
         assert ablation.stdout
         worker = int(ablation.stdout.readline())
         assert _alive(worker)
-        ablation.send_signal(signal.SIGKILL)
+        if how is signal.SIGKILL:
+            ablation.kill()
+        else:
+            os.killpg(ablation.pid, how)  # as a terminal does: to all of them
+        ablation.wait(60)
     for _ in range(600):
         if not _alive(worker):
             return
         time.sleep(0.1)
-    pytest.fail(f"process {worker} goes on after its ablation was killed")
+    pytest.fail(f"process {worker} goes on after its ablation ended")
 
 
 @pytest.mark.slow

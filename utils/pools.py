@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,44 @@ from utils.runtime import LOGGER
 CARRIED = ("YOLOV5_WEIGHTS_DIR", "YOLOV5_DATASETS_DIR", "YOLOv5_DATASETS_DIR", "YOLOV5_CACHE_DIR")
 
 
-def local_pool(jobs: int, threads: int, devices: str) -> ProcessPoolExecutor:
-    """`jobs` processes with `threads` threads each; `devices` ("0,1") are CUDA numbers dealt out to them in turn."""
-    context = get_context("spawn")
-    shares = None
-    if devices:
-        shares = context.Queue()
-        names = devices.split(",")
-        for job in range(jobs):
-            shares.put(names[job % len(names)])
-    return ProcessPoolExecutor(jobs, context, _start_process, (threads, shares))
+class LocalPool(ProcessPoolExecutor):
+    """`jobs` processes with `threads` threads each; `devices` ("0,1") are CUDA numbers dealt out to them in turn.
+
+    They end at once when the ablation is interrupted or killed: trainings that go on unseen would meet those of its
+    next start in the same folders.
+    """
+
+    def __init__(self, jobs: int, threads: int, devices: str) -> None:
+        context = get_context("spawn")
+        shares = None
+        if devices:
+            shares = context.Queue()
+            names = devices.split(",")
+            for job in range(jobs):
+                shares.put(names[job % len(names)])
+        # Only this process holds the end that is written to, and nothing is: its readers wake when it is closed.
+        reader, self._lifeline = context.Pipe(duplex=False)
+        super().__init__(jobs, context, _start_process, (threads, shares, reader))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
+        if kind is not None:
+            self._lifeline.close()
+        return super().__exit__(kind, *rest)
 
 
-def _start_process(threads: int, shares: Any) -> None:
+def _start_process(threads: int, shares: Any, lifeline: Connection) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the ablation's: here it would only end one cell of many
     torch.set_num_threads(threads)
     if shares is not None:
         os.environ["ABLATE_DEVICE"] = shares.get()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Without this, a killed ablation's trainings went on and met those of its second start in the same folders."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _end_with(lifeline: Connection) -> None:
+    wait([lifeline])
+    os._exit(1)
 
 
 class RayPool(Executor):
