@@ -305,6 +305,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     from utils.trials import (
         PER_ARM,
         PER_CELL,
+        alone_in,
         arms_of,
         check_recipe,
         make_cells,
@@ -319,25 +320,33 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
     seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
-    threads = threads_of(folder, max((os.cpu_count() or 1) // own.jobs, 1))
-    fixed = {"arms": {arm.name: arm.options for arm in arms}, "folds": own.folds, "threads": threads, "recipe": recipe}
-    check_recipe(folder, fixed)
-    splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
-    cells = make_cells(arms, splits, recipe, folder)
-    todo = [cell for cell in cells if not cell.done]
-    LOGGER.info(f"{len(cells)} cells: {len(arms)} arms x {len(seeds)} seeds, {len(cells) - len(todo)} done already")
-    with _pool(own, threads) as pool:
-        if todo:
-            _try_arms(pool, [next(cell for cell in cells if cell.arm == arm.name) for arm in arms], folder)
-            write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
-        failed = _run_all(pool, todo)
-    for cell, why in failed:
-        log = relative(cell.folder / "log.txt")
-        LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
-    if any(cell.done for cell in cells):
-        write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
-    if failed:
-        raise UserError(f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again.")
+    with alone_in(folder):
+        threads = threads_of(folder, max((os.cpu_count() or 1) // own.jobs, 1))
+        fixed = {
+            "arms": {arm.name: arm.options for arm in arms},
+            "folds": own.folds,
+            "threads": threads,
+            "recipe": recipe,
+        }
+        check_recipe(folder, fixed)
+        splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
+        cells = make_cells(arms, splits, recipe, folder)
+        todo = [cell for cell in cells if not cell.done]
+        LOGGER.info(f"{len(cells)} cells: {len(arms)} arms x {len(seeds)} seeds, {len(cells) - len(todo)} done already")
+        with _pool(own, threads) as pool:
+            if todo:
+                _try_arms(pool, [next(cell for cell in cells if cell.arm == arm.name) for arm in arms], folder)
+                write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
+            failed = _run_all(pool, todo)
+        for cell, why in failed:
+            log = relative(cell.folder / "log.txt")
+            LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
+        if any(cell.done for cell in cells):
+            write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again."
+            )
     return folder
 
 

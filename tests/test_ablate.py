@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from utils.recorder import write_yaml
 from utils.trials import (
     Arm,
     Cell,
+    alone_in,
     arms_of,
     check_recipe,
     fold,
@@ -121,6 +123,19 @@ def test_another_recipe_in_the_same_folder_is_refused_and_shown(tmp_path: Path) 
     check_recipe(tmp_path, recipe)
     with pytest.raises(UserError, match=r"recipe\.epochs: 3 there, 5 now.*--name"):
         check_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_one_ablation_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "exp"
+    another = pytest.raises(UserError, match=r"exp: another ablate.py works in this folder.*--name")
+    with alone_in(folder), another, alone_in(folder):
+        pass
+    with alone_in(folder), alone_in(tmp_path / "other"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"exp: cannot be made .*Change --project"), alone_in(tmp_path / "file/exp"):
+        pass
 
 
 def test_an_ablation_keeps_the_threads_it_was_begun_with(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,29 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
             f"{display_path(file)}: another ablation stands in this folder ({'; '.join(lines[:6])})."
             " Give --name a new name, or the old recipe again."
         )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a second ablation in a folder while the first one works there; both would write the same cells."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{display_path(folder)}: cannot be made ({error.strerror}). Change --project.") from None
+    if sys.platform == "win32":  # has no such lock
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it, however we end
+        except BlockingIOError:
+            where = display_path(folder)
+            raise UserError(f"{where}: another ablate.py works in this folder. Give --name a new name.") from None
+        except OSError as error:
+            LOGGER.warning(f"{display_path(folder)}: no locks there ({error.strerror}): start one ablation only.")
+        yield
 
 
 def threads_of(folder: Path, usual: int) -> int:
