@@ -237,6 +237,7 @@ def test_updating_image_by_image_equals_all_at_once() -> None:
     parts = [(match(d, t), d[:, 4], d[:, 5], t[:, 0]) for d, t in images]
     together.update(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
     np.testing.assert_array_equal(together.compute().ap, average(images).ap)
+    np.testing.assert_array_equal(together.average_precision(), average(images).ap)
 
 
 def test_classes_without_labels_count_in_no_mean() -> None:

@@ -156,13 +156,16 @@ class AveragePrecision:
         self._predicted.append(_numpy(predicted_class).astype(np.int64))
         self._labels.append(_numpy(target_class).astype(np.int64))
 
-    def compute(self) -> APResult:
-        """The result over everything so far; all zeros or empty where there is nothing to count."""
+    def average_precision(self) -> np.ndarray:
+        """What `compute` gives as `ap` (classes, thresholds), without the curves that take most of its time."""
+        return _area(self._ranked()[1])
+
+    def _ranked(self) -> tuple[np.ndarray, _Ranked]:
+        """The classes that have labels (c,), and their detections."""
         correct, confidence = np.concatenate(self._correct), np.concatenate(self._confidence).astype(np.float64)
         predicted = np.concatenate(self._predicted)
         all_instances = np.bincount(np.concatenate(self._labels), minlength=max(self.num_classes, 1))
         classes = np.flatnonzero(all_instances)
-        instances = all_instances[classes]
 
         # rank of a class among those with labels; detections of other classes count for nothing
         rank_of = np.full(len(all_instances), -1)
@@ -170,15 +173,18 @@ class AveragePrecision:
         group = np.where(predicted < len(rank_of), rank_of[np.minimum(predicted, len(rank_of) - 1)], -1)
         order = np.lexsort((-confidence, group))
         order = order[np.searchsorted(group[order], 0) :]  # without the -1
-        ranked = _Ranked(correct[order], confidence[order], group[order], instances)
+        return classes, _Ranked(correct[order], confidence[order], group[order], all_instances[classes])
 
+    def compute(self) -> APResult:
+        """The result over everything so far; all zeros or empty where there is nothing to count."""
+        classes, ranked = self._ranked()
+        instances = ranked.instances
         px = np.linspace(0, 1, CURVE_POINTS)
         precision_curve, recall_curve = _confidence_curves(ranked, px)
         f1_curve = 2 * precision_curve * recall_curve / (precision_curve + recall_curve + TINY)
         best = _smooth(f1_curve.mean(0), SMOOTHING).argmax() if len(classes) else 0
         precision, recall = precision_curve[:, best], recall_curve[:, best]
         true_positives = (recall * instances).round()
-        recall_grid = np.linspace(0, 1, 101)
         return APResult(
             classes=classes,
             instances=instances,
@@ -187,7 +193,7 @@ class AveragePrecision:
             f1=f1_curve[:, best],
             true_positives=true_positives.astype(np.int64),
             false_positives=(true_positives / (precision + TINY) - true_positives).round().astype(np.int64),
-            ap=_trapezoid(_precision_at(ranked, recall_grid), recall_grid),
+            ap=_area(ranked),
             confidence=float(px[best]),
             px=px,
             precision_curve=precision_curve,
@@ -286,6 +292,12 @@ def _precision_at(ranked: _Ranked, recalls: np.ndarray, thresholds: int | None =
     tail = np.where(reached < 1, last + slope * (recalls - reached), 0.0)
     result = np.where(passed < found, plateau, tail)
     return result.reshape(num_thresholds, num_classes, num_points).swapaxes(0, 1)
+
+
+def _area(ranked: _Ranked) -> np.ndarray:
+    """Average precision (c, thresholds): the area under the interpolated curve, at COCO's 101 recalls."""
+    recalls = np.linspace(0, 1, 101)
+    return _trapezoid(_precision_at(ranked, recalls), recalls)
 
 
 def _positives_within(recalls: np.ndarray, instances: np.ndarray) -> np.ndarray:

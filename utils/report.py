@@ -72,7 +72,7 @@ def write(
         command: what repeats the ablation, as typed.
         environment: versions, machine, commit and the like, by name.
         pictures: (caption, JPEG or PNG file); files that do not exist are left out.
-        resamples: of the images, for their interval. With 5 arms x 8 seeds of 32 images, 100 take a minute.
+        resamples: of the images, for their interval. With 5 arms x 8 seeds of 32 images, 100 take ten seconds.
     """
     folder = Path(folder)
     title = f"Ablation: {ablation.folder.resolve().name}"

@@ -108,7 +108,7 @@ def average_precision(correct: np.ndarray, conf: np.ndarray, cls: np.ndarray, ta
         return 0.0
     collected = AveragePrecision(int(target_cls.max()) + 1, correct.shape[1])
     collected.update(correct, conf, cls, target_cls)
-    return collected.compute().map
+    return float(collected.average_precision().mean())
 
 
 @dataclass(frozen=True, eq=False)
