@@ -183,7 +183,7 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
 
     from models.absorb import gates_in
     from models.checkpoint import load_model
-    from models.inspect_gates import HEADER, inspect_gates
+    from models.inspect_gates import HEADER, draw, inspect_gates
     from models.measure import gflops, latencies
     from utils.dataloaders import prepare
     from utils.images import read_image
@@ -211,6 +211,8 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
             paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]
             found = inspect_gates(model, (read_image(path) for path in paths), size)
             costs["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
+            costs["gates_picture"] = f"gates-{first[arm].folder.parent.name}.png"
+            draw(found, folder / costs["gates_picture"])
     write_texts({file: json.dumps(arms, indent=1)})
 
 

@@ -169,6 +169,13 @@ def table(statistics: Iterable[GateStatistics]) -> str:
     )
 
 
+def draw(statistics: Iterable[GateStatistics], file: Path) -> None:
+    """A panel per gate: what it multiplies each channel by, over the images."""
+    plot_gates(
+        [(f"{entry.index} {entry.name}: {entry.verdict}", entry.by_image, entry.neutral) for entry in statistics], file
+    )
+
+
 def run(arguments: Namespace) -> list[GateStatistics]:
     """What the command line asks for: the table, `gates.csv` and `gates.png` in a run folder."""
     check_minimum(arguments, imgsz=1, max_images=1)
@@ -185,10 +192,7 @@ def run(arguments: Namespace) -> list[GateStatistics]:
     with (save_dir / "gates.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *(entry.cells() for entry in statistics)])
     if not arguments.noplots:
-        panels = [
-            (f"{entry.index} {entry.name}: {entry.verdict}", entry.by_image, entry.neutral) for entry in statistics
-        ]
-        plot_gates(panels, save_dir / "gates.png")
+        draw(statistics, save_dir / "gates.png")
     LOGGER.info(f"Results saved to {relative(save_dir)}")
     return statistics
 

@@ -209,6 +209,9 @@ def test_an_ablation_runs_every_cell_once_and_goes_on(own_tiny_dataset: TinyData
             assert len(judged["paths"]) == 4 and judged["truth"].shape == (8, 5)
         assert set(entry) >= {"precision", "recall", "mAP50", "mAP50-95", "per_class", "seconds"}
         assert (cell / "results.csv").is_file() and (cell / "log.txt").stat().st_size > 0
+    assert (folder / "gates-yolov5n+SE@after_SPPF.png").is_file()
+    assert "](gates-yolov5n%2BSE%40after_SPPF.png)" in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 1
     stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("last.pt")}
     victim = next(cell for cell in results if results[cell]["seed"] == 1)
     (victim / "cell.json").unlink()  # as if it had been killed while judging

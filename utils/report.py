@@ -360,9 +360,15 @@ def _classes(ablation: Ablation) -> list[Block]:
 
 
 def _gates(ablation: Ablation) -> list[Block]:
-    """Tables of `models.inspect_gates`: rows of cells, the header first."""
-    tables = {arm: costs["gates"] for arm, costs in ablation.costs.items() if costs.get("gates")}
-    blocks = [Table(arm, header, rows) for arm, (header, *rows) in tables.items()]
+    """Tables of `models.inspect_gates`: rows of cells, the header first; and its pictures."""
+    blocks: list[Block] = []
+    for arm, costs in ablation.costs.items():
+        if costs.get("gates"):
+            header, *rows = costs["gates"]
+            blocks.append(Table(arm, header, rows))
+            picture = ablation.folder / Path(str(costs.get("gates_picture"))).name
+            if picture.is_file():
+                blocks.append(Picture(f"{arm}: what its first seed's gates multiply each channel by", picture))
     return [Heading("What the gates do"), *blocks] if blocks else []
 
 
