@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -33,13 +34,22 @@ from utils.config import ArgumentParser, UserError, check_minimum, options_from
 from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging, write_texts
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.yolo import DetectionModel
     from utils.trials import Cell
+
+ENDED = (
+    "a training process was ended from outside, perhaps for want of memory. Give the same command again, with fewer"
+    " --jobs: cells that are done are kept."
+)
 
 
 def build_parser() -> ArgumentParser:
     """The flags beside those of train.py."""
     parser = ArgumentParser(
         prog="ablate.py",
+        allow_abbrev=False,  # --device and --seed are train.py's, not short for --devices and --seeds
         description="Compare arms of one recipe with the same seeds and splits.",
         epilog="Every flag of train.py may be given, too, and is part of the recipe of all arms.",
     )
@@ -67,6 +77,7 @@ def try_arm(cell: Cell) -> dict[str, Any]:
         What the network costs and what came from the checkpoint.
     """
     from models.measure import Size
+    from utils.downloads import find_weights
     from utils.engine import to_float
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -81,7 +92,10 @@ def try_arm(cell: Cell) -> dict[str, Any]:
         parts.loader.close()
         size = Size.of(parts.model)
         report = parts.report
+        weights = find_weights(options.weights).read_bytes() if options.weights else b""
+        recipe = json.dumps([parts.model.yaml, parts.hyp, parts.names], default=str)
     return {
+        "fingerprint": hashlib.sha256(recipe.encode() + weights).hexdigest()[:16],
         "parameters": size.parameters,
         "tensors": f"{report.copied}/{report.total}" if report else "0",
         "percent": report.percent_parameters if report else 0.0,
@@ -103,14 +117,18 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     begun = time.monotonic()
     with _logging_to(cell.folder / "log.txt"):
         last = cell.folder / "weights" / "last.pt"
-        unfinished = last.is_file() and read(last).training is not None
-        if unfinished:
+        found = read(last) if last.is_file() else None
+        if found and found.training and found.opt.get("data") != cell.options["data"]:
+            shutil.rmtree(cell.folder / "weights")  # the ablation was moved: its splits are elsewhere now
+            found = None
+        if found and found.training:
             train.run(resume=str(last), device=_device(cell))
-        elif not last.is_file():
+        elif not found:
             place = {"project": str(cell.folder.parent), "name": cell.folder.name, "exist_ok": True}
             train.run(**{**cell.options, **place, "device": _device(cell)})
         judged = judge(last, cell)
-    result = {"arm": cell.arm, "seed": cell.seed, "seconds": round(time.monotonic() - begun, 1), **judged}
+    seconds = None if found else round(time.monotonic() - begun, 1)  # nobody took the time of what was there before
+    result = {"arm": cell.arm, "seed": cell.seed, "seconds": seconds, **judged}
     write_texts({cell.folder / RESULT: json.dumps(result, indent=1)})
     return result
 
@@ -166,11 +184,12 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
         truth_image=np.repeat(np.arange(len(found)), [len(image.truth) for image in found]),
         paths=np.array([image.path for image in found]),
     )
-    names = ("precision", "recall", "mAP50", "mAP50-95")
-    classes = [int(c) for c in result.ap.classes]
+    scores = ("precision", "recall", "mAP50", "mAP50-95")
+    names, classes = list(model.names.values()), [int(c) for c in result.ap.classes]
+    called = {c: f"{names[c]} ({c})" if names.count(names[c]) > 1 else names[c] for c in classes}
     return {
-        **dict(zip(names, map(float, result.summary[:4]))),
-        "per_class": {model.names[c]: float(result.maps[c]) for c in classes},
+        **dict(zip(scores, map(float, result.summary[:4]))),
+        "per_class": {called[c]: float(result.maps[c]) for c in classes},
     }
 
 
@@ -179,10 +198,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
 
 def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     """Add to `arms.json` what each arm costs to run, and what its gates do on the held-out images of its first seed."""
-    import torch
-
     from models.absorb import gates_in
-    from models.checkpoint import load_model
     from models.inspect_gates import HEADER, draw, inspect_gates
     from models.measure import gflops, latencies
     from utils.dataloaders import prepare
@@ -194,15 +210,10 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     first = {cell.arm: cell for cell in reversed(cells) if cell.done}
     if not first:
         return
-    device = select_device(_device(next(iter(first.values()))))
-    models = {
-        arm: load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
-        for arm, cell in first.items()
-    }
-    size = next(iter(first.values())).options["imgsz"]
-    image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    for (arm, model), milliseconds in zip(models.items(), latencies(list(models.values()), image)):
-        stride = max(int(model.stride.max()), 32)
+    loaded = {arm: _network(cell) for arm, cell in first.items()}
+    times = latencies(*zip(*loaded.values()))
+    for (arm, (model, image)), milliseconds in zip(loaded.items(), times):
+        stride, size = max(int(model.stride.max()), 32), image.shape[-1]
         costs = arms.setdefault(arm, {})
         costs.update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
@@ -218,15 +229,23 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
 
 def memory_of(cell: Cell) -> float | None:
     """MB that one image takes in a trained cell's network, to be asked of a process of its own."""
+    from models.measure import image_memory
+
+    return image_memory(*_network(cell))
+
+
+def _network(cell: Cell) -> tuple[DetectionModel, Tensor]:
+    """The trained network of a cell, and an image of the size it was trained at."""
     import torch
 
     from models.checkpoint import load_model
-    from models.measure import image_memory
+    from utils.engine import round_up
 
-    device, size = select_device(_device(cell)), cell.options["imgsz"]
+    device = select_device(_device(cell))
     model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
+    size = round_up(cell.options["imgsz"], max(int(model.stride.max()), 32))
     image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    return image_memory(model, image)
+    return model, image
 
 
 def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tuple[str, Path]]:
@@ -312,12 +331,14 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
         check_recipe,
         make_cells,
         plain_recipe,
+        planned_of,
         seeds_of,
         threads_of,
         write_splits,
     )
 
     check_minimum(own, jobs=1, folds=0)
+    _check_flags(own, options)
     scipy_stats()  # its absence should not be found after hours of training
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
@@ -325,6 +346,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     with alone_in(folder):
         threads = threads_of(folder, max((os.cpu_count() or 1) // own.jobs, 1))
         fixed = {
+            "seeds": planned_of(folder, seeds),
             "arms": {arm.name: arm.options for arm in arms},
             "folds": own.folds,
             "threads": threads,
@@ -352,14 +374,32 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     return folder
 
 
+def _check_flags(own: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Refuse what would be dropped in silence."""
+    instead = {
+        "insert": "Write it into an arm: --cfg yolov5n.yaml+SE@after:SPPF",
+        "seed": f"Give --seeds {options['seed']},",
+        "resume": "The same command goes on by itself",
+        "exist_ok": "The same command goes on by itself",
+    }
+    usual = vars(train.build_parser().parse_args([]))
+    for key, advice in instead.items():
+        if options[key] != usual[key]:
+            raise UserError(f"--{key.replace('_', '-')} belongs to a single training. {advice}.")
+    devices = own.devices.split(",") if own.devices else []
+    if devices and own.engine == "ray":
+        raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
+    if not all(device.isdecimal() for device in devices):
+        raise UserError(f"--devices {own.devices}: expected CUDA numbers such as 0,1. For one device of all: --device.")
+    if len(devices) > own.jobs:
+        raise UserError(f"--devices {own.devices}: more than --jobs {own.jobs}. Give --jobs {len(devices)}.")
+
+
 def _pool(own: argparse.Namespace, threads: int) -> Executor:
     from utils.pools import LocalPool, RayPool
 
-    if own.engine == "local":
-        return LocalPool(own.jobs, threads, own.devices)
-    if own.devices:
-        raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
-    return RayPool(threads)
+    devices = own.devices.split(",") if own.devices else []
+    return LocalPool(own.jobs, threads, devices) if own.engine == "local" else RayPool(threads)
 
 
 def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
@@ -370,9 +410,20 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
             found[cell.arm] = future.result()
         except UserError as error:
             raise UserError(f"arm '{cell.arm}': {error}") from None
+        except BrokenProcessPool:
+            raise UserError(f"arm '{cell.arm}': {ENDED}") from None
+        except Exception as error:
+            raise RuntimeError(f"arm '{cell.arm}' failed on its first batch") from error
         LOGGER.info(f"arm '{cell.arm}': {found[cell.arm]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_texts({folder / "arms.json": json.dumps(found, indent=1)})
+    file = folder / "arms.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for arm, tried in found.items():
+        if before.get(arm, tried).get("fingerprint", tried["fingerprint"]) != tried["fingerprint"]:
+            raise UserError(
+                f"arm '{arm}': its YAML, hyper-parameters, class names or weights are not those this ablation was"
+                " begun with. Put them back, or give --name a new name."
+            )
+    write_texts({file: json.dumps(found, indent=1)})
 
 
 def _run_all(pool: Executor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:
@@ -385,10 +436,7 @@ def _run_all(pool: Executor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:
         try:
             result = future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a training process was ended from outside, perhaps for want of memory. Give the same command again,"
-                " with fewer --jobs: cells that are done are kept."
-            ) from None
+            raise UserError(ENDED) from None
         except Exception as error:
             failed.append((cell, f"{type(error).__name__}: {error}".splitlines()[0]))
             continue

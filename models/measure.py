@@ -72,8 +72,8 @@ def profile_layer(layer: Any, x: Any, *, header: bool) -> float:
 
 
 @torch.inference_mode()
-def latencies(models: Sequence[nn.Module], images: Tensor, rounds: int = 50) -> list[float]:
-    """Milliseconds of a forward pass of each network, as medians.
+def latencies(models: Sequence[nn.Module], images: Sequence[Tensor], rounds: int = 50) -> list[float]:
+    """Milliseconds of a forward pass of each network with its images, as medians.
 
     The networks take turns within every round, in another order each time, so that what slows the machine down for a
     while slows all of them.
@@ -81,9 +81,9 @@ def latencies(models: Sequence[nn.Module], images: Tensor, rounds: int = 50) -> 
     times: list[list[float]] = [[] for _ in models]
     for number in range(rounds + 3):  # the first three warm up
         for index in np.random.default_rng(number).permutation(len(models)):
-            watch = Stopwatch(images.device)
+            watch = Stopwatch(images[index].device)
             with watch:
-                models[index](images)
+                models[index](images[index])
             if number >= 3:
                 times[index].append(watch.seconds * 1e3)
     return [float(np.median(values)) for values in times]

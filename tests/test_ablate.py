@@ -17,6 +17,7 @@ import train
 from tests.conftest import TinyDataset
 from utils.config import UserError
 from utils.recorder import write_yaml
+from utils.runtime import ROOT
 from utils.trials import (
     Arm,
     Cell,
@@ -26,6 +27,7 @@ from utils.trials import (
     fold,
     make_cells,
     plain_recipe,
+    planned_of,
     seeds_of,
     threads_of,
     write_splits,
@@ -46,6 +48,12 @@ def test_an_arm_is_a_yaml_or_a_yaml_with_gates() -> None:
     assert two.options["insert"] == ["SE:8@at:10", "ECA@at:4"] and "/" not in two.folder and ":" not in two.folder
 
 
+def test_a_plus_in_a_folder_is_no_gate_and_an_empty_value_is_one() -> None:
+    both = arms("my+nets/a.yaml", "my+nets/a.yaml+SE@after:SPPF", arm=("scratch:weights=",))
+    assert [arm.options.get("cfg") for arm in both] == ["my+nets/a.yaml", "my+nets/a.yaml", None]
+    assert "insert" not in both[0].options and both[2].options == {"weights": ""}
+
+
 def test_an_arm_may_differ_in_flags_and_hyper_parameters() -> None:
     _, arm = arms("a.yaml", arm=("frozen:cfg=b.yaml,gate=absorbed,freeze=10 10,lr0=0.02,cos_lr=true",))
     assert arm.name == "frozen"
@@ -63,7 +71,9 @@ def test_an_arm_may_differ_in_flags_and_hyper_parameters() -> None:
     [
         (["a.yaml"], [], "at least two arms"),
         (["a.yaml", "b.yaml"], ["a:gate=gain"], "two arms are called 'a'"),
-        (["a.yaml"], ["same:cfg=a.yaml"], "identical"),
+        (["a.yaml"], ["..:gate=gain"], "an arm cannot be called '..'"),
+        (["a.yaml"], ["x:data=coco.yaml"], "data must be the same for all arms"),
+        (["a.yaml"], ["x:single_cls=true"], "single_cls must be the same for all arms"),
         (["a.yaml"], ["x"], "expected NAME:KEY=VALUE"),
         (["a.yaml"], ["x:gate"], "expected KEY=VALUE, found 'gate'"),
         (["a.yaml"], ["x:gaet=gain"], "neither a flag of train.py nor a hyper-parameter. Did you mean 'gate'"),
@@ -138,6 +148,74 @@ def test_one_ablation_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_arms_may_not_change_places_nor_leave_unnoticed(tmp_path: Path) -> None:
+    """The first is the baseline; one without options of its own leaves no line in a flat recipe."""
+    recipe = {"arms": {"printed": {}, "a": {"gate": "gain"}, "b": {"gate": "absorbed"}}, "seeds": [0, 1]}
+    write_yaml(tmp_path / "recipe.yaml", plain_recipe(recipe))
+    check_recipe(tmp_path, {**recipe, "seeds": [0, 1, 2]})
+    for order in (("a", "b"), ("b", "printed", "a")):
+        with pytest.raises(UserError, match=r"order of arms: 'printed, a, b' there"):
+            check_recipe(tmp_path, {**recipe, "arms": {arm: recipe["arms"][arm] for arm in order}})  # type: ignore[index]
+    assert planned_of(tmp_path, [0, 1, 2]) == [0, 1] and planned_of(tmp_path / "new", [5]) == [5]
+
+
+def test_a_recipe_may_be_moved_with_its_repository() -> None:
+    assert plain_recipe({"recipe": {"hyp": str(ROOT / "data" / "x.yaml")}}) == {"recipe": {"hyp": "data/x.yaml"}}
+
+
+def test_arms_that_come_to_the_same_are_refused(tmp_path: Path) -> None:
+    recipe = vars(train.build_parser().parse_args([]))
+    same = arms(arm=("a:cfg=y.yaml", "b:cfg=y.yaml,lr0=0.01,epochs=100"))
+    with pytest.raises(UserError, match="the arms 'a' and 'b' are identical"):
+        make_cells(same, {0: "x.yaml"}, recipe, tmp_path)
+
+
+def test_a_split_that_would_change_is_refused(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    """Its cells would be judged on images that they have trained on."""
+    data = str(own_tiny_dataset.yaml)
+    before = write_splits(data, [0, 1], 4, tmp_path, insist=False)
+    assert write_splits(data, [0, 1, 2], 4, tmp_path, insist=False)[1] == before[1]
+    next((own_tiny_dataset.root / "images/train").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"seed0-train.txt: the training images are not those.*--name"):
+        write_splits(data, [0], 4, tmp_path, insist=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+def test_linked_images_keep_the_labels_beside_the_link(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    images = own_tiny_dataset.root / "images/train"
+    for number, file in enumerate(sorted(images.iterdir())):
+        stored = tmp_path / "store" / f"{number}{file.suffix}"
+        stored.parent.mkdir(exist_ok=True)
+        file.rename(stored)
+        file.symlink_to(stored)
+    split = write_splits(str(own_tiny_dataset.yaml), [0], 4, tmp_path / "splits", insist=False)[0]
+    listed = Path(split).with_name("seed0-train.txt").read_text(encoding="utf-8").split()
+    assert listed and all(Path(line).parent == images for line in listed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--insert SE@after:SPPF", r"--insert belongs to a single training. Write it into an arm"),
+        ("--seed 5", r"--seed belongs to a single training. Give --seeds 5,"),
+        ("--resume", r"--resume belongs to a single training"),
+        ("--exist-ok", r"--exist-ok belongs to a single training"),
+        ("--engine ray --devices 0,1 --jobs 2", r"--devices: Ray hands out the GPUs itself"),
+        ("--devices 0, --jobs 2", r"--devices 0,: expected CUDA numbers"),
+        ("--devices 0,1,2", r"--devices 0,1,2: more than --jobs 1. Give --jobs 3"),
+    ],
+)
+def test_flags_that_would_be_dropped_are_refused(words: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        ablate.main(["--cfg", "a.yaml", "b.yaml", "--project", str(tmp_path), *words.split()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_train_are_not_taken_for_longer_ones_of_ablate() -> None:
+    own, rest = ablate.build_parser().parse_known_args(["--device", "cpu", "--seed", "5"])
+    assert own.devices == "" and own.seeds == ["3"] and rest == ["--device", "cpu", "--seed", "5"]
+
+
 def test_an_ablation_keeps_the_threads_it_was_begun_with(tmp_path: Path) -> None:
     """Sums depend on them; without this, fewer --jobs would be refused as another recipe."""
     assert threads_of(tmp_path, 2) == 2
@@ -168,7 +246,7 @@ def options(data: Path, project: Path, **changes: Any) -> tuple[argparse.Namespa
     for key, value in changes.items():
         setattr(own, key, value)
     words = (
-        f"--data {data} --weights yolov5n-shapes.pt --epochs 1 --img 64 --batch 4 --workers 0 --noplots --device cpu"
+        f"--data {data} --weights yolov5n-shapes.pt --epochs 1 --img 70 --batch 4 --workers 0 --noplots --device cpu"
     )
     return own, vars(train.build_parser().parse_args(words.split()))
 
@@ -218,7 +296,14 @@ def test_an_ablation_runs_every_cell_once_and_goes_on(own_tiny_dataset: TinyData
     ablate.ablate(own, recipe)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("last.pt")} == stamps
     again = json.loads((victim / "cell.json").read_text(encoding="utf-8"))
-    assert {**again, "seconds": 0} == {**results[victim], "seconds": 0}
+    assert again["seconds"] is None and {**again, "seconds": 0} == {**results[victim], "seconds": 0}
+    (victim / "cell.json").unlink()
+    arms = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
+    arms["yolov5n"]["fingerprint"] = "that of another YAML"
+    (folder / "arms.json").write_text(json.dumps(arms), encoding="utf-8")
+    with pytest.raises(UserError, match="arm 'yolov5n': its YAML, hyper-parameters, class names or weights are not"):
+        ablate.ablate(own, recipe)
+    assert not (victim / "cell.json").exists()
 
 
 @pytest.mark.slow

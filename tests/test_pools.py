@@ -29,12 +29,6 @@ def test_without_ray_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         RayPool(1)
 
 
-def test_devices_are_rays_to_hand_out() -> None:
-    own = ablate.build_parser().parse_args(["--engine", "ray", "--devices", "0,1"])
-    with pytest.raises(UserError, match=r"--devices: Ray hands out the GPUs itself"):
-        ablate._pool(own, 1)
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere:port"])
 def test_a_cluster_that_does_not_answer_is_named_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
@@ -62,7 +56,7 @@ def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils.pools import LocalPool\n"
         "if __name__ == '__main__':\n"
-        "    with LocalPool(2, 1, '') as pool:\n"
+        "    with LocalPool(2, 1, []) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        [pool.submit(time.sleep, 600) for _ in range(9)]\n"
         "        time.sleep(600)\n",

@@ -353,6 +353,26 @@ def test_boxes_of_exactly_32_squared_are_medium_and_of_96_squared_large() -> Non
     assert math.isnan(small) and (medium, large) == (0, 0)
 
 
+def test_seeds_that_were_added_later_are_told_of(tmp_path: Path) -> None:
+    """Looking, adding seeds, and looking again makes significant what is not."""
+    folder = ablation_in(tmp_path / "exp", SIX)
+    for planned, told in (([0, 1, 2, 3], True), ([0, 1, 2, 3, 4, 5], False)):
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seeds": planned}, sort_keys=False))
+        text, _, web = report(folder)
+        for shown in (text, web):
+            assert ("Begun with 4 seeds, and 2 were added later" in shown) is told
+
+
+def test_a_cell_trained_in_several_goes_has_no_time(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path / "exp", SIX)
+    file = folder / "cells/se/seed3/cell.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "seconds": None}), encoding="utf-8")
+    text, rows, web = report(folder)
+    assert [row["seconds"] == "" for row in rows if row["arm"] == "se"] == [False] * 3 + [True] + [False] * 2
+    assert "nan" not in text and "nan" not in web
+
+
 # ------------------------------------------------------------------------------------------------------------- the page
 
 

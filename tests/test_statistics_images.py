@@ -9,7 +9,11 @@ import pytest
 
 from tests.test_statistics import no_warnings, quick, stats  # noqa: F401
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision
-from utils.statistics import Judged, image_bootstrap, image_bootstrap_seeds
+from utils.statistics import Judged, Metric, image_bootstrap_seeds
+
+
+def image_bootstrap(baseline: Judged, arm: Judged, metric: Metric, resamples: int = 100) -> tuple[float, float]:
+    return image_bootstrap_seeds([(baseline, arm)], metric, resamples=resamples)
 
 
 def judged(seed: int, images: int = 12, quality: float = 0.6, truth: int = 0) -> Judged:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -25,20 +25,19 @@ CARRIED = ("YOLOV5_WEIGHTS_DIR", "YOLOV5_DATASETS_DIR", "YOLOv5_DATASETS_DIR", "
 
 
 class LocalPool(ProcessPoolExecutor):
-    """`jobs` processes with `threads` threads each; `devices` ("0,1") are CUDA numbers dealt out to them in turn.
+    """`jobs` processes with `threads` threads each; `devices` are CUDA numbers dealt out to them in turn.
 
     They end at once when the ablation is interrupted or killed: trainings that go on unseen would meet those of its
     next start in the same folders.
     """
 
-    def __init__(self, jobs: int, threads: int, devices: str) -> None:
+    def __init__(self, jobs: int, threads: int, devices: Sequence[str]) -> None:
         context = get_context("spawn")
         shares = None
         if devices:
             shares = context.Queue()
-            names = devices.split(",")
             for job in range(jobs):
-                shares.put(names[job % len(names)])
+                shares.put(devices[job % len(devices)])
         # Only this process holds the end that is written to, and nothing is: its readers wake when it is closed.
         reader, self._lifeline = context.Pipe(duplex=False)
         super().__init__(jobs, context, _start_process, (threads, shares, reader))
@@ -106,12 +105,12 @@ class RayPool(Executor):
         """Let go of the cluster; cells that still run there are ended."""
         self._ray.shutdown()
 
-    def submit(self, work: Callable[..., Any], /, *args: Any, **none: Any) -> Future[Any]:
-        """A future of `work(*args)`, `work` being a function of one of the repository's modules."""
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """A future of `work(*args, **kwargs)`, `work` being a function of one of the repository's modules."""
         # By name: Ray would send a function of the script that was started by value, with all that it refers to.
         module = Path(sys.argv[0]).stem if work.__module__ == "__main__" else work.__module__
         carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
-        reference = self._task.remote(os.getcwd(), carried, self._threads, module, work.__name__, *args)
+        reference = self._task.remote(os.getcwd(), carried, self._threads, module, work.__name__, args, kwargs)
         answer: Future[Any] = Future()
 
         def hand_over(done: Future[Any]) -> None:
@@ -136,11 +135,13 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _at_node(folder: str, variables: dict[str, str], threads: int, module: str, name: str, *args: Any) -> Any:
-    """What a slot does: stand where the ablation was started, and run `module.name(*args)`."""
+def _at_node(
+    folder: str, variables: dict[str, str], threads: int, module: str, name: str, args: Any, kwargs: Any
+) -> Any:
+    """What a slot does: stand where the ablation was started, and run `module.name(*args, **kwargs)`."""
     import torch
 
     os.environ.update(variables)
     os.chdir(folder)
     torch.set_num_threads(threads)
-    return getattr(importlib.import_module(module), name)(*args)
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)

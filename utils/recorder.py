@@ -96,7 +96,7 @@ def _summary_writer(save_dir: Path, start_epoch: int) -> Any:
 def write_yaml(file: Path, values: Mapping[str, Any]) -> None:
     """Options or hyper-parameters as YAML, in their order; paths as text."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_texts({file: yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)})
 
 
 def newest_checkpoint(folders: Sequence[Path]) -> Path:

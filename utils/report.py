@@ -100,7 +100,8 @@ def _results_csv(ablation: Ablation) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["arm", "seed", *METRICS, "seconds"])
     for cell in _cells(ablation):
-        table.writerow([cell.arm, cell.seed, *(cell.scores[name] for name in METRICS), cell.seconds])
+        seconds = cell.seconds if math.isfinite(cell.seconds) else ""
+        table.writerow([cell.arm, cell.seed, *(cell.scores[name] for name in METRICS), seconds])
     return text.getvalue()
 
 
@@ -162,6 +163,15 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
         blocks += [Text(f"And in {SECOND}, which does not decide:"), Items([c.sentence(SECOND) for c in second])]
     if ablation.unfinished:
         blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
+    added = {cell.seed for cell in _cells(ablation)} - set(ablation.planned)
+    if ablation.planned and added:
+        blocks.append(
+            Text(
+                f"Begun with {len(ablation.planned)} seeds, and {len(added)} were added later. The p are right only if"
+                " that was decided before the first report was read: adding seeds until a difference shows finds one.",
+                warning=True,
+            )
+        )
     rows = [
         [arm, str(len(cells)), *(_spread([cell.scores[name] for cell in cells.values()]) for name in METRICS)]
         for arm, cells in ablation.cells.items()
@@ -262,7 +272,7 @@ def _costs(ablation: Ablation) -> list[Block]:
     known = {key: name for key, name in COSTS.items() if any(key in costs for costs in ablation.costs.values())}
     rows = []
     for arm, cells in ablation.cells.items():
-        seconds = [cell.seconds for cell in cells.values()]
+        seconds = [cell.seconds for cell in cells.values() if math.isfinite(cell.seconds)]
         median = f"{np.median(seconds):,.0f}" if seconds else MISSING
         rows.append([arm, *(_cost(ablation.costs.get(arm, {}).get(key)) for key in known), median])
     caption = "What an arm costs, and how much of it came from the checkpoint. The time is the median over cells."
@@ -379,7 +389,7 @@ def _pictures(pictures: Sequence[tuple[str, Path]]) -> list[Block]:
 
 def _every_seed(ablation: Ablation) -> list[Block]:
     rows = [
-        [cell.arm, str(cell.seed), *(_number(cell.scores[name], 4) for name in METRICS), f"{cell.seconds:,.0f}"]
+        [cell.arm, str(cell.seed), *(_number(cell.scores[name], 4) for name in METRICS), _number(cell.seconds, 0)]
         for cell in sorted(_cells(ablation), key=lambda cell: cell.seed)
     ]
     caption = "Every finished cell, seed by seed; results.csv has the same numbers unrounded."

@@ -117,7 +117,7 @@ class Cell:
 
     arm: str
     seed: int
-    seconds: float
+    seconds: float  # NaN where it was trained in several goes
     scores: dict[str, float]  # by METRICS
     per_class: dict[str, float]  # mAP50-95 of the classes that have labels
     curve: np.ndarray  # (epochs,) mAP50
@@ -135,6 +135,7 @@ class Ablation:
     costs: dict[str, dict[str, Any]]  # by arm, see COSTS; `gates` besides
     cells: dict[str, dict[int, Cell]]  # by arm and seed, both in order
     unfinished: tuple[str, ...] = ()  # cells that were begun
+    planned: tuple[int, ...] = ()  # the seeds it was begun with
 
     @property
     def baseline(self) -> str:
@@ -208,6 +209,7 @@ def load(folder: str | Path) -> Ablation:
         costs={arm: costs[arm] for arm in arms if isinstance(costs.get(arm), dict)},
         cells={arm: dict(sorted(of_arm.items())) for arm, of_arm in cells.items()},
         unfinished=tuple(sorted(f"{path.parent.name} {path.name}" for path in begun)),
+        planned=tuple(file.data.get("seeds") or ()),
     )
 
 
@@ -233,7 +235,7 @@ def _read_cell(file: Path) -> Cell:
         cell = Cell(
             arm=str(data["arm"]),
             seed=int(data["seed"]),
-            seconds=float(data["seconds"]),
+            seconds=math.nan if data["seconds"] is None else float(data["seconds"]),
             scores={name: float(data[name]) for name in METRICS},
             per_class={str(name): float(value) for name, value in data["per_class"].items()},
             curve=curve,

@@ -259,17 +259,6 @@ class Judged:
         return metric(self.correct[detections], self.conf[detections], self.cls[detections], targets)
 
 
-def image_bootstrap(
-    baseline: Judged, arm: Judged, metric: Metric, *, confidence: float = 0.95, resamples: int = 1_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the metric's difference, arm minus baseline, if other images had been drawn.
-
-    Resamples the images, the same for both runs: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993),
-    chapter 13. (nan, nan) without images.
-    """
-    return image_bootstrap_seeds([(baseline, arm)], metric, confidence=confidence, resamples=resamples, seed=seed)
-
-
 def image_bootstrap_seeds(
     pairs: Sequence[tuple[Judged, Judged]],
     metric: Metric,
@@ -279,10 +268,13 @@ def image_bootstrap_seeds(
     resamples: int = 1_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """As `image_bootstrap`, of the mean difference over several seeds, one (baseline, arm) pair each.
+    """Percentile interval of the metric's difference, arm minus baseline, if other images had been drawn.
+
+    Resamples the images, the same for both runs: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993),
+    chapter 13. It is the mean difference over several seeds; (nan, nan) without seeds or without images.
 
     Args:
-        pairs: of one seed each. The seeds themselves are not resampled.
+        pairs: (baseline, arm) of one seed each. The seeds themselves are not resampled.
         metric: gets correct, confidence, class, target class, as `AveragePrecision.update` does; called
             2 * resamples * len(pairs) times.
         same_images: image i is the same photo in every seed, so one draw serves all of them. Otherwise each seed has

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +20,11 @@ from utils.config import UserError, closest, display_path, read_hyp, read_yaml
 from utils.dataloaders import prepare
 from utils.labels import image_files
 from utils.recorder import write_yaml
-from utils.runtime import LOGGER, ROOT
+from utils.runtime import LOGGER, ROOT, write_texts
 
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
+SHARED = ("data", "single_cls")  # must be the same for all: arms are judged on the same images and classes
 RESULT = "cell.json"  # written last: a cell that has it is done
 
 
@@ -63,21 +65,24 @@ def arms_of(cfgs: Sequence[str], specs: Sequence[str], parser: argparse.Argument
     """
     arms = []
     for spec in cfgs:
-        cfg, *gates = spec.split("+")
-        arms.append(Arm("+".join((Path(cfg).stem, *gates)), {"cfg": cfg, **({"insert": gates} if gates else {})}))
+        place, file = os.path.split(spec)
+        cfg, *gates = file.split("+")
+        options = {"cfg": os.path.join(place, cfg), **({"insert": gates} if gates else {})}
+        arms.append(Arm("+".join((Path(cfg).stem, *gates)), options))
     arms += [_arm(spec, parser) for spec in specs]
     if len(arms) < 2:
         raise UserError("an ablation compares at least two arms: give --cfg two YAMLs, or --arm twice.")
-    for one, other in itertools.combinations(arms, 2):
-        if one.folder == other.folder:
-            raise UserError(f"two arms are called '{one.name}'. Give each a name of its own.")
-        if one.options == other.options:
-            raise UserError(f"the arms '{one.name}' and '{other.name}' are identical. Leave one out, or change it.")
+    names = [arm.folder for arm in arms]
+    for arm in arms:
+        if names.count(arm.folder) > 1:
+            raise UserError(f"two arms are called '{arm.name}'. Give each a name of its own.")
+        if not arm.folder.strip("."):
+            raise UserError(f"an arm cannot be called '{arm.name}': its name is a folder's. Use letters or digits.")
     return arms
 
 
 def _arm(spec: str, parser: argparse.ArgumentParser) -> Arm:
-    known = {action.dest: action for action in parser._actions if action.dest not in (*PER_CELL, "help")}
+    known = {action.dest: action for action in parser._actions if action.dest not in (*PER_CELL, *SHARED, "help")}
     name, colon, settings = spec.partition(":")
     if not name or not colon:
         raise UserError(f"--arm {spec}: expected NAME:KEY=VALUE,..., such as gain:cfg=yolov5n-se-last.yaml,gate=gain.")
@@ -86,6 +91,8 @@ def _arm(spec: str, parser: argparse.ArgumentParser) -> Arm:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--arm {spec}: expected KEY=VALUE, found '{setting}'.")
+        if key in SHARED:
+            raise UserError(f"--arm {spec}: {key} must be the same for all arms. Give --{key} beside --arm.")
         if key in known:
             options[key] = _train_value(parser, known[key], value)
         else:
@@ -99,7 +106,7 @@ def _train_value(parser: argparse.ArgumentParser, action: argparse.Action, value
         if value.lower() not in ("true", "false"):
             raise UserError(f"--arm: {action.dest}={value}: expected true or false.")
         return value.lower() == "true"
-    return getattr(parser.parse_args([flag, *value.split()]), action.dest)
+    return getattr(parser.parse_args([flag, *(value.split() or [""])]), action.dest)
 
 
 def _hyp_value(spec: str, key: str, value: str, flags: Sequence[str]) -> float:
@@ -145,7 +152,8 @@ def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, i
     """The dataset YAML of every seed: the given one, or one per seed with a held-out part of the training images.
 
     Raises:
-        UserError: the dataset validates on its training images and neither `folds` nor `insist` says what to do.
+        UserError: the dataset validates on its training images and neither `folds` nor `insist` says what to do, or
+            splits that were written before would change.
     """
     spec = prepare(data, task="train")
     if not folds:
@@ -163,11 +171,23 @@ def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, i
         texts = {}
         for name, part in zip(("train", "val"), fold(images, seed, folds)):
             texts[name] = folder / f"seed{seed}-{name}.txt"
-            texts[name].parent.mkdir(parents=True, exist_ok=True)
-            texts[name].write_text("".join(f"{path.resolve()}\n" for path in part), encoding="utf-8")
+            # not resolved: the labels of a link lie beside the link
+            _write_once(texts[name], "".join(f"{os.path.abspath(path)}\n" for path in part))
         files[seed] = str(folder / f"seed{seed}.yaml")
         write_yaml(Path(files[seed]), {**{k: str(v.resolve()) for k, v in texts.items()}, "names": spec.names})
     return files
+
+
+def _write_once(file: Path, text: str) -> None:
+    """A split that changed would move images that cells have trained on among those that they are judged on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_texts({file: text})
+    elif file.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{display_path(file)}: the training images are not those this ablation was begun with. Put them back, or"
+            " give --name a new name."
+        )
 
 
 def make_cells(arms: Sequence[Arm], splits: Mapping[int, str], recipe: Mapping[str, Any], folder: Path) -> list[Cell]:
@@ -179,15 +199,26 @@ def make_cells(arms: Sequence[Arm], splits: Mapping[int, str], recipe: Mapping[s
         if changes:
             options["hyp"] = {**read_hyp(options["hyp"]), **changes}
         cells.append(Cell(arm.name, seed, folder / "cells" / arm.folder / f"seed{seed}", options))
+    for one, other in itertools.combinations(cells[: len(arms)], 2):
+        if _complete(one.options) == _complete(other.options):
+            raise UserError(f"the arms '{one.arm}' and '{other.arm}' are identical. Leave one out, or change it.")
     return cells
 
 
+def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "hyp": read_hyp(options["hyp"])}
+
+
 def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Refuse a recipe in the folder of an ablation with another one, showing the difference."""
+    """Refuse a recipe in the folder of an ablation with another one, showing the difference; `seeds` may grow."""
     file = folder / "recipe.yaml"
     if not file.exists():
         return
-    old, new = _flat(read_yaml(file).data), _flat(plain_recipe(recipe))
+    both = dict(read_yaml(file).data), plain_recipe(recipe)
+    for values in both:
+        values.pop("seeds", None)
+        values["order of arms"] = ", ".join(values.get("arms", ()))  # the first is the baseline
+    old, new = map(_flat, both)
     keys = [key for key in {**old, **new} if old.get(key, "not set") != new.get(key, "not set")]
     if keys:
         lines = [f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now" for key in keys]
@@ -220,6 +251,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def planned_of(folder: Path, seeds: Sequence[int]) -> list[int]:
+    """The seeds that an ablation was begun with; `seeds` for a new one."""
+    file = folder / "recipe.yaml"
+    return list(read_yaml(file).data.get("seeds") or seeds) if file.exists() else list(seeds)
+
+
 def threads_of(folder: Path, usual: int) -> int:
     """Threads per cell: those an ablation was begun with, since sums depend on them; `usual` for a new one."""
     file = folder / "recipe.yaml"
@@ -227,13 +264,14 @@ def threads_of(folder: Path, usual: int) -> int:
 
 
 def plain_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it comes back from its file."""
-    plain: dict[str, Any] = json.loads(json.dumps(recipe))
+    """A recipe as it comes back from its file; paths below the repository start there, so that it may be moved."""
+    plain: dict[str, Any] = json.loads(json.dumps(recipe).replace(json.dumps(f"{ROOT}{os.sep}")[1:-1], ""))
     return plain
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        nested = isinstance(value, Mapping) and value  # an arm without options is a value
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return flat
