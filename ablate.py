@@ -34,6 +34,7 @@ from utils.config import ArgumentParser, UserError, check_minimum, options_from
 from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging, write_texts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from models.yolo import DetectionModel
@@ -210,7 +211,8 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     first = {cell.arm: cell for cell in reversed(cells) if cell.done}
     if not first:
         return
-    loaded = {arm: _network(cell) for arm, cell in first.items()}
+    device = select_device(_device(next(iter(first.values()))))
+    loaded = {arm: _network(cell, device) for arm, cell in first.items()}
     times = latencies(*zip(*loaded.values()))
     for (arm, (model, image)), milliseconds in zip(loaded.items(), times):
         stride, size = max(int(model.stride.max()), 32), image.shape[-1]
@@ -231,17 +233,16 @@ def memory_of(cell: Cell) -> float | None:
     """MB that one image takes in a trained cell's network, to be asked of a process of its own."""
     from models.measure import image_memory
 
-    return image_memory(*_network(cell))
+    return image_memory(*_network(cell, select_device(_device(cell))))
 
 
-def _network(cell: Cell) -> tuple[DetectionModel, Tensor]:
+def _network(cell: Cell, device: torch.device) -> tuple[DetectionModel, Tensor]:
     """The trained network of a cell, and an image of the size it was trained at."""
     import torch
 
     from models.checkpoint import load_model
     from utils.engine import round_up
 
-    device = select_device(_device(cell))
     model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
     size = round_up(cell.options["imgsz"], max(int(model.stride.max()), 32))
     image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
