@@ -52,10 +52,11 @@ def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals
     """They would write into the folders in which the next start trains."""
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils.pools import LocalPool\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
         "    with LocalPool(2, 1, []) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        [pool.submit(time.sleep, 600) for _ in range(9)]\n"
@@ -76,7 +77,10 @@ def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals
             ablation.kill()
         else:
             os.killpg(ablation.pid, how)  # as a terminal does: to all of them
-        ablation.wait(60)
+        try:
+            ablation.wait(60)
+        finally:
+            ablation.kill()
     for _ in range(600):
         if not _alive(worker):
             return
