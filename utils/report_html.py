@@ -52,6 +52,7 @@ thead th { vertical-align: bottom; white-space: normal; background: var(--soft);
 th:first-child { position: sticky; left: 0; text-align: left; background: var(--bg); max-width: 11rem;
   white-space: normal; overflow-wrap: break-word; }
 thead th:first-child { background: var(--soft); }
+@media (min-width: 48rem) { th:first-child { max-width: 18rem; } }
 .words, .long { text-align: left; }
 td.long { white-space: normal; min-width: 14rem; }
 pre { margin: 0; padding: .75rem; background: var(--soft); font-size: .85rem; }
