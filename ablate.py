@@ -119,7 +119,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     with _logging_to(cell.folder / "log.txt"):
         last = cell.folder / "weights" / "last.pt"
         found = read(last) if last.is_file() else None
-        if found and found.training and found.opt.get("data") != cell.options["data"]:
+        if found and found.training and not _same_file(found.opt.get("data"), cell.options["data"]):
             shutil.rmtree(cell.folder / "weights")  # the ablation was moved: its splits are elsewhere now
             found = None
         if found and found.training:
@@ -132,6 +132,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     result = {"arm": cell.arm, "seed": cell.seed, "seconds": seconds, **judged}
     write_texts({cell.folder / RESULT: json.dumps(result, indent=1)})
     return result
+
+
+def _same_file(one: Any, other: Any) -> bool:
+    return os.path.abspath(str(one)) == os.path.abspath(str(other))
 
 
 @contextlib.contextmanager
@@ -329,6 +333,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
         PER_CELL,
         alone_in,
         arms_of,
+        check_flags,
         check_recipe,
         make_cells,
         plain_recipe,
@@ -339,7 +344,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
     )
 
     check_minimum(own, jobs=1, folds=0)
-    _check_flags(own, options)
+    check_flags(own, options, train.build_parser())
     scipy_stats()  # its absence should not be found after hours of training
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
@@ -373,27 +378,6 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
                 f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again."
             )
     return folder
-
-
-def _check_flags(own: argparse.Namespace, options: Mapping[str, Any]) -> None:
-    """Refuse what would be dropped in silence."""
-    instead = {
-        "insert": "Write it into an arm: --cfg yolov5n.yaml+SE@after:SPPF",
-        "seed": f"Give --seeds {options['seed']},",
-        "resume": "The same command goes on by itself",
-        "exist_ok": "The same command goes on by itself",
-    }
-    usual = vars(train.build_parser().parse_args([]))
-    for key, advice in instead.items():
-        if options[key] != usual[key]:
-            raise UserError(f"--{key.replace('_', '-')} belongs to a single training. {advice}.")
-    devices = own.devices.split(",") if own.devices else []
-    if devices and own.engine == "ray":
-        raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
-    if not all(device.isdecimal() for device in devices):
-        raise UserError(f"--devices {own.devices}: expected CUDA numbers such as 0,1. For one device of all: --device.")
-    if len(devices) > own.jobs:
-        raise UserError(f"--devices {own.devices}: more than --jobs {own.jobs}. Give --jobs {len(devices)}.")
 
 
 def _pool(own: argparse.Namespace, threads: int) -> Executor:

@@ -134,6 +134,27 @@ def seeds_of(words: Sequence[str]) -> list[int]:
     return numbers
 
 
+def check_flags(own: argparse.Namespace, options: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Refuse flags that would be dropped in silence; `own` are ablate.py's, `options` those of train.py's `parser`."""
+    instead = {
+        "insert": "Write it into an arm: --cfg yolov5n.yaml+SE@after:SPPF",
+        "seed": f"Give --seeds {options['seed']},",
+        "resume": "The same command goes on by itself",
+        "exist_ok": "The same command goes on by itself",
+    }
+    usual = vars(parser.parse_args([]))
+    for key, advice in instead.items():
+        if options[key] != usual[key]:
+            raise UserError(f"--{key.replace('_', '-')} belongs to a single training. {advice}.")
+    devices = own.devices.split(",") if own.devices else []
+    if devices and own.engine == "ray":
+        raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
+    if not all(device.isdecimal() for device in devices):
+        raise UserError(f"--devices {own.devices}: expected CUDA numbers such as 0,1. For one device of all: --device.")
+    if len(devices) > own.jobs:
+        raise UserError(f"--devices {own.devices}: more than --jobs {own.jobs}. Give --jobs {len(devices)}.")
+
+
 # ----------------------------------------------------------------------------------------------------------- the splits
 
 
@@ -214,7 +235,7 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     file = folder / "recipe.yaml"
     if not file.exists():
         return
-    both = dict(read_yaml(file).data), plain_recipe(recipe)
+    both = plain_recipe(dict(read_yaml(file).data)), plain_recipe(recipe)
     for values in both:
         values.pop("seeds", None)
         values["order of arms"] = ", ".join(values.get("arms", ()))  # the first is the baseline
