@@ -221,6 +221,11 @@ def test_an_ablation_keeps_the_threads_it_was_begun_with(tmp_path: Path) -> None
     assert threads_of(tmp_path, 2) == 2
     write_yaml(tmp_path / "recipe.yaml", {"threads": 1})
     assert threads_of(tmp_path, 2) == 1
+    write_yaml(tmp_path / "recipe.yaml", {"threads": "all", "seeds": 5})
+    with pytest.raises(UserError, match=r"recipe.yaml: threads: expected 1 or more, found 'all'"):
+        threads_of(tmp_path, 2)
+    with pytest.raises(UserError, match=r"recipe.yaml: seeds: expected a list, found 5"):
+        planned_of(tmp_path, [0])
 
 
 def test_cells_go_seed_by_seed_with_the_arms_hyper_parameters(tmp_path: Path) -> None:
@@ -299,6 +304,9 @@ def test_an_ablation_runs_every_cell_once_and_goes_on(own_tiny_dataset: TinyData
     assert again["seconds"] is None and {**again, "seconds": 0} == {**results[victim], "seconds": 0}
     (victim / "cell.json").unlink()
     arms = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
+    (folder / "arms.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"arms.json: cannot be read .*Delete it"):
+        ablate.ablate(own, recipe)
     arms["yolov5n"]["fingerprint"] = "that of another YAML"
     (folder / "arms.json").write_text(json.dumps(arms), encoding="utf-8")
     with pytest.raises(UserError, match="arm 'yolov5n': its YAML, hyper-parameters, class names or weights are not"):

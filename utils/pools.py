@@ -43,9 +43,10 @@ class LocalPool(ProcessPoolExecutor):
         super().__init__(jobs, context, _start_process, (threads, shares, reader))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C; after a mistake there is time to end well
             self._lifeline.close()
-        return super().__exit__(kind, *rest)
+        self.shutdown(cancel_futures=kind is not None)
+        return None
 
 
 def _start_process(threads: int, shares: Any, lifeline: Connection) -> None:

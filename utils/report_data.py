@@ -196,11 +196,7 @@ def load(folder: str | Path) -> Ablation:
             raise UserError(f"{place}: other images or labels than of arm '{other.arm}' with the same seed. {AGAIN}")
         cells[cell.arm][cell.seed] = cell
     begun = {path for path in folder.glob("cells/*/seed*") if path.is_dir()} - {path.parent for path in done}
-    costs = (
-        _read_json(folder / "arms.json", "Delete it: the report then lacks the costs.")
-        if (folder / "arms.json").exists()
-        else {}
-    )
+    costs = read_json(folder / "arms.json", "Delete it.") if (folder / "arms.json").exists() else {}
     return Ablation(
         folder=folder,
         arms={arm: dict(options or {}) for arm, options in arms.items()},
@@ -218,7 +214,8 @@ def _labels_by_image(cell: Cell) -> tuple[list[str], Counter[str]]:
     return sorted(boxes.paths), Counter(boxes.paths[index] for index in boxes.truth_image)
 
 
-def _read_json(file: Path, advice: str = AGAIN) -> dict[str, Any]:
+def read_json(file: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """An object from a JSON file; a UserError that ends in `advice` where it is none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -229,7 +226,7 @@ def _read_json(file: Path, advice: str = AGAIN) -> dict[str, Any]:
 
 
 def _read_cell(file: Path) -> Cell:
-    data = _read_json(file)
+    data = read_json(file)
     curve, boxes = _read_curve(file.with_name("results.csv")), _read_boxes(file.with_name("judged.npz"))
     try:
         cell = Cell(

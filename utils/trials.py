@@ -25,6 +25,7 @@ from utils.runtime import LOGGER, ROOT, write_texts
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
 SHARED = ("data", "single_cls")  # must be the same for all: arms are judged on the same images and classes
+MOVE_AWAY = "Move the folder away, or give --name a new name."
 RESULT = "cell.json"  # written last: a cell that has it is done
 
 
@@ -274,14 +275,26 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def planned_of(folder: Path, seeds: Sequence[int]) -> list[int]:
     """The seeds that an ablation was begun with; `seeds` for a new one."""
-    file = folder / "recipe.yaml"
-    return list(read_yaml(file).data.get("seeds") or seeds) if file.exists() else list(seeds)
+    begun = _begun(folder).get("seeds", list(seeds))
+    if not isinstance(begun, list):
+        raise UserError(f"{display_path(folder / 'recipe.yaml')}: seeds: expected a list, found {begun!r}. {MOVE_AWAY}")
+    return begun
 
 
 def threads_of(folder: Path, usual: int) -> int:
     """Threads per cell: those an ablation was begun with, since sums depend on them; `usual` for a new one."""
+    begun = _begun(folder).get("threads", usual)
+    if not isinstance(begun, int) or begun < 1:
+        raise UserError(
+            f"{display_path(folder / 'recipe.yaml')}: threads: expected 1 or more, found {begun!r}. {MOVE_AWAY}"
+        )
+    return begun
+
+
+def _begun(folder: Path) -> Mapping[str, Any]:
+    """The recipe that an ablation was begun with; empty for a new one."""
     file = folder / "recipe.yaml"
-    return int(read_yaml(file).data.get("threads", usual)) if file.exists() else usual
+    return read_yaml(file).data if file.exists() else {}
 
 
 def plain_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
