@@ -77,12 +77,10 @@ ONLY_IMPORTS = {"models.common": ("torch",), "models.attention": ("torch",)}
 UNSAFE_YAML_LOADERS = {"Loader", "FullLoader", "UnsafeLoader", "CLoader", "CFullLoader", "CUnsafeLoader"}
 MUTATORS = {"append", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove", "discard"}
 
-MAX_FILE_LINES = 450
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 # name -> why it may be longer; an entry that is no longer needed fails its test
-LONG_FILES: dict[str, str] = {
-    "models/common.py": "the layers of the official networks in the one file where YOLOv5's users look for them",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 
 

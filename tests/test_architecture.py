@@ -188,7 +188,7 @@ BAD_SNIPPETS = [
     ("state", "CACHE = {}\ndef f(x):\n    CACHE[x] = 1\n", "utils/labels.py"),
     ("state", "SEEN: list[int] = []\ndef f(x):\n    SEEN.append(x)\n", "utils/labels.py"),
     ("length", "def f():\n" + "    x = 1\n" * 60, "train.py"),
-    ("length", "x = 1\n" * 451, "train.py"),
+    ("length", "x = 1\n" * 601, "train.py"),
 ]
 
 
