@@ -78,6 +78,7 @@ def build_parser() -> ArgumentParser:
     add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or the given last.pt")
     add("--nosave", action="store_true", help="write a checkpoint after the last epoch only")
     add("--noval", action="store_true", help="validate after the last epoch only")
+    add("--autoanchor", action="store_true", help="look for better anchors even where the head has --weights")
     add("--noautoanchor", action="store_true", help="do not check the anchors")
     add("--noplots", action="store_true", help="no pictures")
     add("--cache", nargs="?", const="ram", default=None, help="keep images in ram or on disk; val: those of val only")
@@ -146,6 +147,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--insert needs the YAML to insert into: add --cfg yolov5s.yaml.")
     if (options.gate or options.min_transfer) and (not options.weights or options.transfer == "none"):
         raise UserError("--gate and --min-transfer are about what comes from --weights, but nothing is copied here.")
+    if options.autoanchor and options.noautoanchor:
+        raise UserError("--autoanchor and --noautoanchor contradict each other. Give one of them.")
     check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0)
     if options.batch_size < 1 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
@@ -213,7 +216,8 @@ class Training:
         self.save_dir = self._make_save_dir()
         self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
         if not options.noautoanchor and resumed is None:
-            fit_anchors_(self.model.head, self.dataset, options, self.hyp)
+            keep = self.report is not None and self.report.head and not options.autoanchor
+            fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
         self.trainer: Trainer = build_trainer(self.model, self.loader, options, self.hyp, frozen)
         self.stopping: EarlyStopping = EarlyStopping(options.patience)
         self.start_epoch = 0
@@ -225,12 +229,17 @@ class Training:
         """The network with the wanted weights, on the device."""
         import torch
 
+        from models.insert import write_arguments
         from models.transfer import start_network
         from models.yolo import build_model
         from utils.downloads import find_weights
 
         options, nc = self.options, len(self.names)
-        settings: dict[str, Any] = {"anchors": self.hyp.get("anchors") or None, "verbose": self.main}
+        settings: dict[str, Any] = {
+            "anchors": self.hyp.get("anchors") or None,
+            "verbose": self.main,
+            "seed": options.seed,
+        }
         cfg = self._inserted() if options.insert and not self.resumed else options.cfg
         if self.resumed is not None:
             model = build_model(self.resumed.yaml, nc=nc)
@@ -245,6 +254,8 @@ class Training:
             model, self.report = start_network(cfg, weights, self.names, **start, **settings)
             if self.report is not None:
                 LOGGER.info(self.report.summary())
+            if options.insert:
+                write_arguments(cfg, model.graph)
         if hasattr(model.head, "nm"):
             raise UserError("this network predicts masks, and train.py trains boxes only. Give --cfg a detection YAML.")
         model.names = self.names

@@ -49,11 +49,9 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
     if start == "gain":
         if "gain" not in _arguments(model, index):
             return f"not neutral: {type(gates[0]).__name__} takes no gain in its YAML row; use --gate absorbed"
-        gain = 1 / _neutral(gates[0])
         for gate in gates:
             gate.neutralise_()
-            gate.gain = gain
-        _write_gain_(model, index, gain)
+        gain = set_gain_(model, index, 1 / _neutral(gates[0]))
         return f"neutral by its gain of {gain:g}"
     constant = math.prod(_neutral(gate) * gate.gain for gate in gates)
     edits, obstacle = absorbing(model, index, constant)
@@ -179,14 +177,11 @@ def _divide_(layer: Any, scale: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------------------- gain
 
 
-def _arguments(model: DetectionModel, index: int) -> dict[str, Any]:
-    """The arguments a row's YAML may give after the channels, with their defaults."""
-    parameters = list(inspect.signature(layer_classes()[model.graph.rows[index].module]).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+def set_gain_(model: DetectionModel, index: int, gain: float) -> float:
+    """Give the gates of row `index` a gain, in place: in the layer, in the network's YAML and in its graph.
 
-
-def _write_gain_(model: DetectionModel, index: int, gain: float) -> None:
-    """Put a gain into the network's YAML and graph, so that what is built from them has it, too."""
+    Whatever is built from the YAML has the gain, too. The row's class must take one. Returns the gain.
+    """
     arguments = _arguments(model, index)
     position = list(arguments).index("gain") + 1
 
@@ -194,6 +189,8 @@ def _write_gain_(model: DetectionModel, index: int, gain: float) -> None:
         filled = [*args, *list(arguments.values())[len(args) - 1 :]]
         return [*filled[:position], gain, *filled[position + 1 :]]
 
+    for gate in gates_in(model.model[index]):
+        gate.gain = gain
     yaml = copy.deepcopy(model.yaml)
     raws = [raw for section in ("backbone", "head") for raw in yaml.get(section) or []]
     raws[index][3] = with_gain(raws[index][3])
@@ -201,3 +198,16 @@ def _write_gain_(model: DetectionModel, index: int, gain: float) -> None:
     rows[index] = replace(rows[index], args=with_gain(rows[index].args))
     model.graph = replace(model.graph, yaml=yaml, rows=tuple(rows))
     model.yaml = copy.deepcopy(yaml)
+    return gain
+
+
+def open_gain(model: DetectionModel, index: int) -> bool:
+    """Whether row `index` holds gates whose gain its YAML does not state."""
+    names = list(_arguments(model, index)) if gates_in(model.model[index]) else []
+    return "gain" in names and len(model.graph.rows[index].args) <= names.index("gain") + 1
+
+
+def _arguments(model: DetectionModel, index: int) -> dict[str, Any]:
+    """The arguments a row's YAML may give after the channels, with their defaults."""
+    parameters = list(inspect.signature(layer_classes()[model.graph.rows[index].module]).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in parameters}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from models.graph import HEADS, Graph, Row
+from models.graph import HEADS, Graph, Row, options_of
 from utils.config import UserError
 
 MAX_ALIGNED_ROWS = 2000  # the alignment takes rows x rows steps; yolov5x6 has 34
@@ -132,4 +132,31 @@ def wiring_warnings(source: Graph, target: Graph, pairs: Mapping[int, int], name
         fix = f" Did you mean {usual if len(usual) > 1 else usual[0]}?" if known else ""
         reads = ", ".join(str(f) for f in row.sources)
         lines.append(f"{row.where} reads {reads}; its weights in {name} were trained reading {wanted}.{fix}")
+    return lines
+
+
+def argument_warnings(source: Graph, target: Graph, pairs: Mapping[int, int], name: str) -> list[str]:
+    """One line, with the YAML's line, per shared row whose arguments are not those its weights were trained with.
+
+    Rows of other channels are left out: their weights do not fit, which the report tells. So are heads, whose classes
+    and anchors are matched by the copy. The activation of the whole network counts as an argument, too.
+    """
+    lines = []
+    before, now = (graph.yaml.get("activation") for graph in (source, target))
+    if before != now:
+        usual = {None: "none given, which is nn.SiLU()"}
+        lines.append(
+            f"{target.file}: activation: {usual.get(now, now)}; the weights in {name} were trained with"
+            f" {usual.get(before, before)}. The network computes something else until it is trained."
+        )
+    for old, new in pairs.items():
+        a, b = source.rows[old], target.rows[new]
+        if a.module != b.module or a.module in HEADS or (a.inputs, a.channels) != (b.inputs, b.channels):
+            continue
+        trained, given = ({"number (after the depth)": row.repeats, **options_of(row)} for row in (a, b))
+        for key in (key for key in given if given[key] != trained.get(key)):
+            lines.append(
+                f"{b.where} has {key} {given[key]}; its weights in {name} were trained with {key} {trained.get(key)}."
+                " Write that to keep what they computed."
+            )
     return lines

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.graph import HEADS, Graph, Row
 
+YAML_ANCHORS, KEPT_ANCHORS = "anchors of the YAML", "anchors of the checkpoint"
 FP16_ROUNDING = 2.0**-10  # relative; half of it is the rounding of one number, and the YAML's was rounded too
 
 
@@ -38,6 +39,8 @@ class Copy:
     partial: set[str] = field(default_factory=set)
     parameters: int = 0
     why: dict[int, str] = field(default_factory=dict)
+    head: bool = False  # whether every level of the head has the checkpoint's weights
+    anchors: str = YAML_ANCHORS
 
     def tensor(self, old_key: str, new_key: str) -> str:
         """Copy one tensor if it fits; otherwise the reason why it does not."""
@@ -64,9 +67,8 @@ def _keys(tensors: Mapping[str, Tensor], index: int) -> list[str]:
 
 def copy_rows(
     copy: Copy, source: Graph, target: Graph, pairs: Mapping[int, int], names: dict[int, str], *, by_class: bool
-) -> str:
-    """Copy every matched row; returns what became of the anchors."""
-    anchors = "anchors of the YAML"
+) -> None:
+    """Copy every matched row."""
     for old, new in pairs.items():
         a, b = source.rows[old], target.rows[new]
         heads = a.module in HEADS and b.module in HEADS
@@ -75,9 +77,9 @@ def copy_rows(
             rest = old_key[len(_prefix(old)) :]
             new_key = _prefix(new) + rest
             if heads and rest == "anchors":
-                if _keep_checkpoint_anchors(copy.checkpoint.tensors[old_key], copy.target.get(new_key), source, target):
+                if _keep_checkpoint_anchors(copy.checkpoint.tensors[old_key], copy.target.get(new_key), a, b):
                     copy.tensor(old_key, new_key)
-                    anchors = "anchors of the checkpoint"
+                    copy.anchors = KEPT_ANCHORS
                 continue
             if heads and by_class and rest.startswith("m."):
                 continue
@@ -88,7 +90,9 @@ def copy_rows(
         if heads and by_class:
             problems += _copy_head(copy, a, b, pairs, names)
         copy.why[new] = next((problem for problem in problems if problem), "")
-    return anchors
+        if heads:
+            weights = [f"{_prefix(new)}m.{level}.weight" for level in range(len(b.sources))]
+            copy.head = all(key in copy.whole or key in copy.partial for key in weights)
 
 
 def _statistics_fit(copy: Copy, old_key: str, new_key: str) -> bool:
@@ -100,12 +104,16 @@ def _statistics_fit(copy: Copy, old_key: str, new_key: str) -> bool:
     return old is None or new is None or old.shape == new.shape
 
 
-def _keep_checkpoint_anchors(old: Tensor, new: Tensor | None, source: Graph, target: Graph) -> bool:
-    """The house's rule; both (nl, na, 2) in cells. Autoanchor changes a checkpoint's anchors but not its YAML."""
+def _keep_checkpoint_anchors(old: Tensor, new: Tensor | None, source: Row, target: Row) -> bool:
+    """Whether the anchors (nl, na, 2) that the head's weights were trained with stay.
+
+    They do unless the target's YAML states others than the checkpoint's own YAML: AutoAnchor changes a checkpoint's
+    anchors but not its YAML.
+    """
     if new is None or old.shape != new.shape:
         return False
-    own_yaml = target.name is None and target.yaml.get("anchors") == source.yaml.get("anchors")
-    return own_yaml or bool(((new.cpu() - old).abs() <= FP16_ROUNDING * old.abs()).all())
+    same_yaml = target.args[1] == source.args[1]
+    return same_yaml or bool(((new.cpu() - old).abs() <= FP16_ROUNDING * old.abs()).all())
 
 
 # ---------------------------------------------------------------------------------------------------------------- head

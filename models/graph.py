@@ -324,7 +324,7 @@ class _Reader:
         kind, first = wiring(row.module), row.inputs[0]
         if "conv" in kind or "preserve" in kind:
             return self._declared_channels(row, kind)
-        options = self._options(row)
+        options = options_of(row)
         if row.module == "Concat":
             return sum(row.inputs) if options["dimension"] == 1 else first
         if row.module in ("Contract", "Expand"):
@@ -358,29 +358,16 @@ class _Reader:
                 fix = "Move the row."
             how = f"({declared} x width {self.width:.2f})"
             raise UserError(f"{row.where} declares {scaled} channels {how} but receives {received}. {fix}")
-        reduction = self._options(row).get("r", 1)
+        reduction = options_of(row).get("r", 1)
         if not _is_count(reduction) or received // reduction < 1:
             raise UserError(
                 f"{row.where}: a reduction of {reduction!r} leaves none of its {received} channels. "
                 f"Write a whole number from 1 to {received}."
             )
-        gain = self._options(row).get("gain", 1.0)
+        gain = options_of(row).get("gain", 1.0)
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
             raise UserError(f"{row.where}: its gain must be a positive number, found {gain!r}.")
         return received
-
-    def _options(self, row: Row) -> dict[str, Any]:
-        """The constructor's arguments by name, defaults included; those the builder fills in are left out."""
-        kind = wiring(row.module)
-        parameters = list(inspect.signature(layer_classes()[row.module]).parameters.values())
-        values = row.args[1:] if kind else row.args
-        if kind:
-            parameters = parameters[3 if "repeat" in kind else 2 :]
-        if len(values) > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            names = ", ".join(p.name for p in parameters) or "nothing more"
-            raise UserError(f"{row.where}: too many arguments {row.args!r}; it takes {names}.")
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return {**defaults, **{p.name: value for p, value in zip(parameters, values)}}
 
     def _stride(self, row: Row) -> float | None:
         """Input pixels per output cell.
@@ -392,7 +379,7 @@ class _Reader:
         if row.module == "Concat" and None not in strides and len(set(strides)) > 1:
             parts = ", ".join(f"layer {s} has stride {stride:g}" for s, stride in zip(row.sources, strides))
             raise UserError(f"{row.where}: joins maps of different sizes: {parts}. Read layers of one stride.")
-        options = self._options(row)
+        options = options_of(row)
         factor = _downscale(row.module, options)
         if strides[0] is None or factor is None:
             return None
@@ -400,6 +387,25 @@ class _Reader:
         if not 1 / MAX_STRIDE <= stride <= MAX_STRIDE:
             raise UserError(f"{row.where}: would have stride {stride:g}, expected at most {MAX_STRIDE}.")
         return stride
+
+
+def options_of(row: Row) -> dict[str, Any]:
+    """The row's arguments by their names in the layer's constructor, defaults included, without those that the builder
+    fills in (channels, and the number of a `repeat` layer).
+
+    Raises:
+        UserError: more arguments than the layer takes.
+    """
+    kind = wiring(row.module)
+    parameters = list(inspect.signature(layer_classes()[row.module]).parameters.values())
+    values = row.args[1:] if kind else row.args
+    if kind:
+        parameters = parameters[3 if "repeat" in kind else 2 :]
+    if len(values) > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        names = ", ".join(p.name for p in parameters) or "nothing more"
+        raise UserError(f"{row.where}: too many arguments {row.args!r}; it takes {names}.")
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **{p.name: value for p, value in zip(parameters, values)}}
 
 
 def _downscale(module: str, options: Mapping[str, Any]) -> float | None:

@@ -414,6 +414,22 @@ def write(cfg: str | Path, insertions: Sequence[Insertion], file: str | Path) ->
     return file
 
 
+def write_arguments(file: Path, graph: Graph) -> None:
+    """Write the arguments of a graph's rows into the YAML it was read from, where they differ; all other text stays.
+
+    A network that was started from a checkpoint may have gains that its YAML did not state.
+    """
+    text, written = file.read_bytes().decode("utf-8"), graphs.read(file)
+    sections = _top_level(text)
+    nodes = [row for name in ("backbone", "head") if (section := sections.get(name)) for row in section.value]
+    edits: list[Edit] = []
+    for old, new, node in zip(written.rows, graph.rows, nodes, strict=True):
+        if old.args != new.args and new.module in gates():
+            place = node.value[3]
+            edits.append((place.start_mark.index, place.end_mark.index, f"[{', '.join(map(str, new.args))}]"))
+    write_texts({file: _apply(text, edits)})
+
+
 def run(options: Namespace) -> None:
     """Show the places, or insert; the new YAML goes to `--out` or is printed."""
     if options.list_places:

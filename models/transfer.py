@@ -39,11 +39,11 @@ import torch
 from torch import Tensor
 
 from models import graph as graphs
-from models.absorb import GATE_STARTS, gates_in, start_gate_
-from models.alignment import align, wiring_warnings
+from models.absorb import GATE_STARTS, gates_in, open_gain, set_gain_, start_gate_
+from models.alignment import align, argument_warnings, wiring_warnings
 from models.checkpoint import Checkpoint, load_model, network_yaml, read, save
-from models.copying import Copy, RowReport, class_rows, copy_rows, row_reports
-from models.graph import Graph
+from models.copying import KEPT_ANCHORS, Copy, RowReport, class_rows, copy_rows, row_reports
+from models.graph import Graph, options_of
 from models.yolo import Config, DetectionModel, build_model
 from utils.config import UserError, display_path, load_dataset
 from utils.downloads import find_weights
@@ -71,6 +71,7 @@ class Report:
     stored: int  # tensors of the file
     warnings: tuple[str, ...] = ()
     gates: tuple[int, ...] = ()  # rows whose gate the file does not have
+    head: bool = False  # whether the head has the file's weights, and anchors that they can be used with
     difference: float | None = None  # of the outputs on a probe image, in pixels and scores; None: not comparable
 
     @property
@@ -125,8 +126,9 @@ def transfer(
 
     Rows are matched by `align`, or by their index with `mode='index'` (what usual code does: equal key and shape). In
     a matched head, boxes and objectness are kept whatever the classes, and each class is matched by its name. Anchors
-    are the YAML's where they differ from the checkpoint's by more than fp16 rounding, else the checkpoint's; a network
-    built from the checkpoint's own YAML has the checkpoint's. Gates without a counterpart are started by `start_gate_`.
+    are the checkpoint's, unless the YAML states others than the checkpoint's own YAML. A gate whose YAML leaves its
+    gain open has the checkpoint's; any other argument that differs in a matched row is a warning. Gates without a
+    counterpart are started by `start_gate_`.
 
     Args:
         model: the network to fill, on any device.
@@ -151,12 +153,23 @@ def transfer(
     aligned = mode == "aligned" and not bare
     pairs = align(source, target) if aligned else {i: i for i in range(min(len(source.rows), len(target.rows)))}
     copy = Copy(model.state_dict(), checkpoint, {key for key, _ in model.named_parameters()})
-    anchors = copy_rows(copy, source, target, pairs, dict(names or model.names), by_class=mode == "aligned")
+    copy_rows(copy, source, target, pairs, dict(names or model.names), by_class=mode == "aligned")
+    _adopt_gains_(model, source, pairs)
     gates = _inserted_gates(model, source, pairs)
     for index in gates:
         copy.why[index] = start_gate_(model, index, gate or (DEFAULT_GATE if aligned else "random"))
     rows = row_reports(copy, source, target, pairs)
-    warnings = wiring_warnings(source, target, pairs, name) if aligned else _strangers(copy, name, target)
+    if aligned:
+        warnings = wiring_warnings(source, target, pairs, name)
+        warnings += argument_warnings(source, model.graph, pairs, name)
+    else:
+        warnings = _strangers(copy, name, target) if bare else []
+    placeholders = copy.anchors != KEPT_ANCHORS and isinstance(target.yaml.get("anchors"), int)
+    if copy.head and copy.anchors != KEPT_ANCHORS and not placeholders:
+        warnings.append(
+            f"{target.head.where}: its anchors are not those that its weights in {name} were trained with. Write the"
+            " anchors of that network to keep what they computed."
+        )
     return Report(
         name,
         rows,
@@ -165,12 +178,26 @@ def transfer(
         len(copy.target),
         copy.parameters,
         sum(parameter.numel() for parameter in model.parameters()),
-        anchors,
+        copy.anchors,
         len(copy.placed),
         len(checkpoint.tensors),
-        tuple(warnings if aligned or bare else ()),
+        tuple(warnings),
         tuple(gates),
+        head=copy.head and not placeholders,
     )
+
+
+def _adopt_gains_(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> None:
+    """Give each gate whose YAML leaves its gain open that of the same gate in the checkpoint, in place.
+
+    The gate's weights were trained with it: without it the network computes something else.
+    """
+    for old, new in pairs.items():
+        row = source.rows[old]
+        if row.module == model.graph.rows[new].module and open_gain(model, new):
+            gain = options_of(row)["gain"]
+            if gain != options_of(model.graph.rows[new])["gain"]:
+                set_gain_(model, new, gain)
 
 
 def _check_words(mode: str, gate: str | None) -> None:
@@ -236,6 +263,7 @@ def start_network(
     gate: str | None = None,
     min_transfer: float = 0,
     anchors: float | None = None,
+    seed: int = 0,
     verbose: bool = False,
 ) -> tuple[DetectionModel, Report | None]:
     """The network of `cfg`, or of the checkpoint itself where `cfg` is empty, started from a checkpoint.
@@ -247,7 +275,7 @@ def start_network(
         mode: 'aligned', 'index' or 'none' (the checkpoint then only names the network).
         gate: as in `transfer`.
         min_transfer: least percentage of the parameters that must come from the checkpoint.
-        anchors: as in DetectionModel.
+        anchors, seed: as in DetectionModel.
         verbose: log a line per layer.
 
     Raises:
@@ -259,12 +287,13 @@ def start_network(
     names = dict(names or checkpoint.names)
     if not cfg:
         LOGGER.info(f"No --cfg: training the network stored in {display_path(weights)}; no YAML file is read.")
-    model = build_model(cfg or network_yaml(checkpoint), nc=len(names) or None, anchors=anchors, verbose=verbose)
+    network = cfg or network_yaml(checkpoint)
+    model = build_model(network, nc=len(names) or None, anchors=anchors, verbose=verbose, seed=seed)
     model.names = names or model.names
     if mode == "none":
         return model, None
     report = transfer(model, checkpoint, names=model.names, mode=mode, gate=gate)
-    if report.gates and mode == "aligned":
+    if (report.gates or report.warnings) and mode == "aligned":
         report = replace(report, difference=output_difference(model, checkpoint, model.names))
     for warning in report.warnings:
         LOGGER.warning(warning)

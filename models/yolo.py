@@ -8,11 +8,14 @@ python models/yolo.py --test                                     # build every Y
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +199,13 @@ class Segment(Detect):
 
 
 def parse_model(
-    d: Graph | Mapping[str, Any], ch: Sequence[int] = (3,), *, verbose: bool = False
+    d: Graph | Mapping[str, Any], ch: Sequence[int] = (3,), *, verbose: bool = False, seed: int | None = None
 ) -> tuple[nn.Sequential, list[int]]:
     """The layers of a network, each with `i`, `f`, `type` and `np`, and the indices whose outputs are kept.
 
-    `verbose` logs a row per layer. Raises UserError for a row that cannot be built, naming its line.
+    `verbose` logs a row per layer. With a `seed` the k-th C3, say, draws its weights from (seed, "C3:k"): rows of other
+    modules before it do not change them, and torch's own generator is left as it was. Raises UserError for a row that
+    cannot be built, naming its line.
     """
     graph = d if isinstance(d, Graph) else graphs.read(d, ch=ch[0])
     act = graph.yaml.get("activation")
@@ -209,12 +214,15 @@ def parse_model(
     if verbose:
         LOGGER.info(f"\n{'':>3}{'from':>18}{'n':>3}{'params':>10}  {'module':<40}{'arguments':<30}")
     layers: list[Any] = []
+    count: Counter[str] = Counter()
     for row in graph.rows:
         m = classes[row.module]
+        count[row.module] += 1
         args = _arguments(m, row, graph)
         chained = row.repeats if "repeat" not in graphs.wiring(row.module) else 1
         try:
-            layer: Any = nn.Sequential(*(m(*args) for _ in range(chained))) if chained > 1 else m(*args)
+            with _drawing_from(seed, f"{row.module}:{count[row.module]}"):
+                layer: Any = nn.Sequential(*(m(*args) for _ in range(chained))) if chained > 1 else m(*args)
         except BUILD_ERRORS as error:
             raise UserError(f"{row.where}: cannot be built from {row.args!r}: {error}.") from None
         set_activation(layer, activation)  # one object for all, as in the official files
@@ -226,6 +234,21 @@ def parse_model(
             )
         layers.append(layer)
     return nn.Sequential(*layers), graph.save
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int | None, name: str) -> Iterator[None]:
+    """Random numbers on the CPU that depend on (seed, name) alone; without a seed, torch's own."""
+    if seed is None:
+        yield
+        return
+    before = torch.get_rng_state()
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _arguments(m: type[nn.Module], row: Row, graph: Graph) -> list[Any]:
@@ -250,7 +273,7 @@ class DetectionModel(BaseModel):
 
     `cfg` is a model YAML by path or bare name, an equal dict (left unchanged), or a graph. `nc` and `anchors` (so many
     per level) replace the YAML's. Training returns the head's raw list, inference (predictions, raw list), `augment`
-    (predictions, None): see Detect. Batch-norm statistics of a new network are untouched.
+    (predictions, None): see Detect. Batch-norm statistics of a new network are untouched. `seed`: see parse_model.
     """
 
     hyp: dict[str, Any]  # set by whoever trains
@@ -263,6 +286,7 @@ class DetectionModel(BaseModel):
         anchors: float | None = None,
         *,
         verbose: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.graph = cfg if isinstance(cfg, Graph) else graphs.read(cfg, ch=ch, nc=nc, anchors=anchors)
@@ -271,7 +295,7 @@ class DetectionModel(BaseModel):
         for warning in self.graph.warnings:
             LOGGER.warning(warning)
         self.yaml, self.yaml_file = copy.deepcopy(self.graph.yaml), self.graph.name
-        self.model, self.save = parse_model(self.graph, verbose=verbose)
+        self.model, self.save = parse_model(self.graph, verbose=verbose, seed=seed)
         self.names = {i: str(i) for i in range(self.head.nc)}
         self.inplace = self.head.inplace
         self._init_head()
@@ -364,12 +388,18 @@ class ClassificationModel(BaseModel):
 
 
 def build_model(
-    cfg: Config, ch: int = 3, nc: int | None = None, anchors: float | None = None, *, verbose: bool = False
+    cfg: Config,
+    ch: int = 3,
+    nc: int | None = None,
+    anchors: float | None = None,
+    *,
+    verbose: bool = False,
+    seed: int | None = None,
 ) -> DetectionModel:
     """The network of a YAML, dict or graph; its head's row decides between detection and segmentation."""
     graph = cfg if isinstance(cfg, Graph) else graphs.read(cfg, ch=ch, nc=nc, anchors=anchors)
     kind = SegmentationModel if graph.head.module == "Segment" else DetectionModel
-    return kind(graph, verbose=verbose)
+    return kind(graph, verbose=verbose, seed=seed)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

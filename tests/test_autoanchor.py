@@ -96,6 +96,17 @@ def test_anchors_that_do_not_fit_are_replaced_by_better_ones() -> None:
     assert not again.changed and again.before.best_possible_recall > 0.98
 
 
+def test_anchors_to_be_kept_are_judged_only() -> None:
+    labels, shapes_hw = dataset(1, 8, 300)
+    check = check_anchors(Head(), labels, shapes_hw, 640, keep=True, rng=np.random.default_rng(0))
+    assert not check.changed and check.before.best_possible_recall < 0.98
+    assert check.messages == (
+        f"AutoAnchor: {check.before.anchors_per_label:.2f} anchors per label, best possible recall "
+        f"{check.before.best_possible_recall:.3f}: the anchors stay, the head's weights were trained with them "
+        "(--autoanchor looks for others).",
+    )
+
+
 def test_worse_anchors_are_not_adopted() -> None:
     """One kind of label in nine hundred is out of reach of what is found as of what there is: nothing changes."""
     labels, shapes = dataset(0, 60, 60)

@@ -34,12 +34,14 @@ def test_a_gate_put_in_by_a_flag_trains_and_its_yaml_stays_in_the_run_folder(
     assert any("outputs differ by 0 from the file's" in line for line in said)
     written = done.save_dir / "yolov5n-inserted.yaml"
     specs = [parse("SE:8@after:SPPF"), parse("ECA@before:Detect/1")]
-    assert written.read_text(encoding="utf-8") == insert("yolov5n.yaml", specs)
+    text = insert("yolov5n.yaml", specs)
+    with_gains = text.replace("SE, [1024, 8]", "SE, [1024, 8, 2.0]").replace("ECA, [256]", "ECA, [256, None, 2.0]")
+    assert with_gains != text and written.read_text(encoding="utf-8") == with_gains
     model = load_model(done.best)
     gates = {row.module: gates_in(model.model[row.index])[0] for row in model.graph.rows if row.module in ("SE", "ECA")}
     assert gates["SE"].gain == gates["ECA"].gain == 2.0 and gates["SE"].l1.out_features == 32
     assert bool(gates["SE"].l2.weight.any()), "one epoch must move a neutral gate"
-    assert graph.read(written).rows[10].args == [1024, 8]
+    assert graph.read(written).rows[10].args == [1024, 8, 2.0]
 
 
 def test_an_absorbed_gate_keeps_the_papers_form(tiny_dataset: TinyDataset, tmp_path: Path) -> None:

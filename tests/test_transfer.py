@@ -12,7 +12,7 @@ import torch
 from models import graph
 from models.alignment import MAX_ALIGNED_ROWS, align
 from models.checkpoint import Checkpoint, read, save
-from models.transfer import Report, transfer
+from models.transfer import Report, start_network, transfer
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT, UserError
 
@@ -278,15 +278,78 @@ def test_anchors_that_differ_by_rounding_are_the_files(tmp_path: Path, yolov5n: 
     assert torch.equal(model.head.anchors, tensors["model.24.anchors"].float())
 
 
-def test_a_network_from_the_files_own_yaml_has_the_files_anchors(tmp_path: Path, yolov5n: Checkpoint) -> None:
+def test_anchors_that_autoanchor_changed_stay_with_the_weights_trained_on_them(
+    tmp_path: Path, yolov5n: Checkpoint
+) -> None:
     tensors = dict(yolov5n.tensors)
     tensors["model.24.anchors"] = tensors["model.24.anchors"] * 1.5  # as autoanchor leaves them: the YAML is the old
     checkpoint = read(save(tmp_path / "a.pt", {"model": tensors, "yaml": yolov5n.yaml, "names": COCO_LIKE}))
-    own = DetectionModel(checkpoint.yaml)
-    assert transfer(own, checkpoint).copied == 349
-    assert torch.equal(own.head.anchors, tensors["model.24.anchors"])
-    named = DetectionModel("yolov5n.yaml")
-    assert transfer(named, checkpoint).copied == 348, "a YAML that was named says what it says"
+    for cfg in (checkpoint.yaml, "yolov5n.yaml", "yolov5n-se-last.yaml"):
+        model = DetectionModel(cfg)
+        report = transfer(model, checkpoint)
+        assert report.copied == 349 and report.head and not report.warnings
+        assert torch.equal(model.head.anchors, tensors["model.24.anchors"])
+
+
+def test_other_anchors_in_the_yaml_are_a_warning_where_the_head_came_over(tmp_path: Path, yolov5n: Checkpoint) -> None:
+    (warning,) = transfer(DetectionModel(variant(tmp_path / "a.yaml", shifted_anchors)), yolov5n).warnings
+    assert "a.yaml:43: layer 24 Detect: its anchors are not those that its weights in " in warning
+
+
+def test_placeholder_anchors_leave_the_head_to_autoanchor(yolov5n: Checkpoint) -> None:
+    report = transfer(DetectionModel("yolov5n.yaml", anchors=3), yolov5n)
+    assert not report.head and not report.warnings and report.copied == 348
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("SPPF, [1024, 5]", "SPPF, [1024, 7]", ":22: layer 9 SPPF has k 7; its weights in {} were trained with k 5."),
+        ("[512, False]] # 13", "[512, True]] # 13", ":28: layer 13 C3 has shortcut True; its weights in {} were"),
+        (
+            "[-1, 9, C3, [512]]",
+            "[-1, 3, C3, [512]]",
+            ":19: layer 6 C3 has number (after the depth) 1; its weights in {} were",
+        ),
+        (
+            "nc: 80",
+            "activation: nn.ReLU()\nnc: 80",
+            ": activation: nn.ReLU(); the weights in {} were trained with none",
+        ),
+    ],
+)
+def test_an_argument_that_differs_in_a_matched_row_is_a_warning(
+    tmp_path: Path, yolov5n: Checkpoint, old: str, new: str, message: str
+) -> None:
+    cfg = variant(tmp_path / "a.yaml", lambda text: text.replace(old, new))
+    assert new in cfg.read_text(encoding="utf-8")
+    _, report = start_network(cfg, yolov5n.path, None)
+    assert report is not None and len(report.warnings) == 1
+    assert f"a.yaml{message}".format(report.name) in report.warnings[0]
+    assert report.difference is not None, "the outputs are probed"
+
+
+def test_an_open_gain_is_the_files(tmp_path: Path, yolov5n: Checkpoint) -> None:
+    first, _ = start_network("yolov5n-se-last.yaml", yolov5n.path, None)
+    own = checkpoint_of(tmp_path / "own.pt", first)
+    again, report = start_network("yolov5n-se-last.yaml", own.path, None)
+    assert report is not None and not report.warnings and not report.gates
+    assert again.model[10].gain == 2.0 and again.graph.rows[10].args == [1024, 16, 2.0]
+    assert again.yaml == first.yaml, "what is built from the stored YAML has the gain, too"
+
+
+def test_another_gain_in_the_yaml_is_a_warning(tmp_path: Path, yolov5n: Checkpoint) -> None:
+    first, _ = start_network("yolov5n-se-last.yaml", yolov5n.path, None)
+    own = checkpoint_of(tmp_path / "own.pt", first)
+    text = (ROOT / "models/yolov5s-se-last.yaml").read_text(encoding="utf-8")
+    cfg = tmp_path / "yolov5s-mine.yaml"
+    cfg.write_text(text.replace("SE, [1024, 16]", "SE, [1024, 16, 1.0]"), encoding="utf-8")
+    _, report = start_network(tmp_path / "yolov5n-mine.yaml", own.path, None)
+    assert report is not None and report.difference
+    assert "layer 10 SE has gain 1.0; its weights in " in report.warnings[0]
 
 
 # -------------------------------------------------------------------------------------------------------- other sources

@@ -508,3 +508,25 @@ def test_the_command_builds_every_network() -> None:
     assert sum("parameters" in line for line in done.stdout.splitlines()) == len(
         list((ROOT / "models").rglob("yolo*.yaml"))
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_new_weights_of_a_row_do_not_depend_on_the_rows_before_it() -> None:
+    plain, gated = DetectionModel("yolov5n.yaml", nc=3, seed=5), DetectionModel("yolov5n-se-last.yaml", nc=3, seed=5)
+    other = DetectionModel("yolov5n.yaml", nc=3, seed=6)
+    state, moved = plain.state_dict(), gated.state_dict()
+    for key, value in state.items():
+        _, index, rest = key.split(".", 2)
+        assert torch.equal(value, moved[f"model.{int(index) + (int(index) >= 10)}.{rest}"]), key
+    convolutions = [key for key in state if key.endswith("conv.weight")]
+    assert not any(torch.equal(state[key], other.state_dict()[key]) for key in convolutions)
+    assert len({float(state[key].flatten()[0]) for key in convolutions}) == len(convolutions), "no two rows are alike"
+
+
+def test_a_seeded_network_leaves_torchs_own_generator_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    DetectionModel("yolov5n.yaml", seed=5)
+    assert torch.equal(torch.get_rng_state(), before)

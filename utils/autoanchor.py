@@ -102,11 +102,13 @@ def check_anchors(
     *,
     thr: float = 4.0,
     generations: int = 1000,
+    keep: bool = False,
     rng: np.random.Generator,
 ) -> AnchorCheck:
     """Judge the anchors of `head` on a dataset, and look for better ones if best possible recall is at most 0.98.
 
-    New anchors are taken only if that recall rises. Nothing is written: hand the result to `write_anchors`.
+    With `keep` they are only judged: the weights of a trained head mean something beside their own anchors alone. New
+    anchors are taken only if that recall rises. Nothing is written: hand the result to `write_anchors`.
 
     Args:
         head: has `anchors` (levels, per level, 2) in grid cells and `stride` (levels,).
@@ -127,6 +129,11 @@ def check_anchors(
     found += f"best possible recall {before.best_possible_recall:.3f}"
     if before.best_possible_recall > GOOD_ENOUGH:
         return AnchorCheck(anchors, False, before, before, (f"{found}: the anchors stay.",), tuple(warnings))
+    if keep:
+        message = (
+            f"{found}: the anchors stay, the head's weights were trained with them (--autoanchor looks for others)."
+        )
+        return AnchorCheck(anchors, False, before, before, (message,), tuple(warnings))
     if not (wh >= USABLE_PX).any():
         message = f"{found}: the anchors stay, no label reaches {USABLE_PX} pixels."
         return AnchorCheck(anchors, False, before, before, (message,), tuple(warnings))

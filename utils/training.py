@@ -109,11 +109,13 @@ def build_loaders(
     return loader, dataset, build_loader(spec, spec.split("val"), val_options)[0]
 
 
-def fit_anchors_(head: Any, dataset: ImageDataset, options: argparse.Namespace, hyp: Mapping[str, float]) -> None:
-    """Replace the head's anchors where others fit the labels clearly better; says what was found."""
+def fit_anchors_(
+    head: Any, dataset: ImageDataset, options: argparse.Namespace, hyp: Mapping[str, float], *, keep: bool
+) -> None:
+    """Replace the head's anchors where others fit the labels clearly better, unless they are to be kept; logs which."""
     rng = np.random.default_rng(options.seed)
     labels, shapes_hw = dataset.labels_list, dataset.shapes_hw
-    check = check_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], rng=rng)
+    check = check_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], keep=keep, rng=rng)
     for warning in check.warnings:
         LOGGER.warning(warning)
     LOGGER.info("\n".join(check.messages))
