@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_train import quick
+from test_train import HYP, quick
 
 import train
 from models import graph
@@ -14,7 +16,7 @@ from models.absorb import gates_in
 from models.checkpoint import load_model, read
 from models.insert import insert, parse
 from tests.conftest import TinyDataset
-from utils.config import ROOT, UserError
+from utils.config import ROOT, UserError, options_from
 
 SHAPES = str(ROOT / "yolov5n-shapes.pt")
 
@@ -73,6 +75,37 @@ def test_wrong_words_about_gates_leave_no_run_folder(
     with pytest.raises(UserError) as caught:
         train.run(data=str(tiny_dataset.yaml), device="cpu", project=str(tmp_path / "runs"), **options)
     assert message in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def judged_before_training(**options: Any) -> tuple[float, ...]:
+    """Precision, recall, mAPs and losses of the network with which a run would begin."""
+    parts = train.Training(options_from(train.build_parser(), options), torch.device("cpu"), None)
+    result = parts._judge(copy.deepcopy(parts.trainer.ema.ema).fuse(), pictures=False, per_class=False)
+    parts.loader.close()
+    parts.val_loader.close()
+    return result.summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["gain", "absorbed"])
+@pytest.mark.parametrize("gate", ["SE", "CBAM", "ECA"])
+def test_a_second_fine_tune_begins_where_the_first_one_ended(
+    gate: str, start: str, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    settings = {"cfg": "yolov5n.yaml", "insert": [f"{gate}@after:SPPF"], "hyp": {**HYP, "lr0": 0.001}, "batch_size": 4}
+    first = quick(tmp_path, tiny_dataset, weights=SHAPES, gate=start, epochs=1, imgsz=128, autoanchor=True, **settings)
+    assert first.results[2] > 0.1, "the network finds something"
+    settings |= {"data": str(tiny_dataset.yaml), "imgsz": 128, "noplots": True, "workers": 0}
+    again = judged_before_training(weights=str(first.best), project=str(tmp_path / "again"), **settings)
+    assert again == first.results
+
+
+@pytest.mark.slow
+def test_looking_at_the_anchors_costs_nothing(weights_dir: Path, datasets_dir: Path, tmp_path: Path) -> None:
+    """At 320 pixels the pretrained anchors reach a recall below AutoAnchor's limit on coco128, and must stay."""
+    options = {"weights": str(weights_dir / "yolov5n.pt"), "data": "coco128.yaml", "imgsz": 320, "noplots": True}
+    summary = judged_before_training(cfg="yolov5n.yaml", workers=0, project=str(tmp_path), **options)
+    assert summary[2] == pytest.approx(0.423, abs=0.005)
 
 
 @pytest.mark.slow
