@@ -5,6 +5,7 @@ A label can only be learned where some anchor's sides are within the factor `thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ MAX_BOXES = 20_000  # searched on a random sample of this size; judged on all la
 RESTARTS = 5
 LLOYD_STEPS = 100
 SETTLED = 1e-3  # standard deviations; centres moving less are done, mutation refines them anyway
-MUTANTS = 8  # evaluated at once
+STEP = 1.0  # largest scale of a mutation: steps of 0.1, YOLOv5's, end in the optimum next to where they began
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def write_anchors(head: Any, anchors: np.ndarray) -> None:
 def kmeans_anchors(
     wh: np.ndarray, n: int, imgsz: int, thr: float, generations: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`n` anchors (n, 2) in pixels for label sizes `wh` (m, 2), small to large: k-means, then `generations` mutations.
+    """`n` anchors (n, 2) in pixels for label sizes `wh` (m, 2), small to large: k-means, then a random search.
 
     k-means minimises squared distance, which is not what decides whether an anchor may answer, so random changes that
     raise the mean of 1 / factor over the labels within `thr` follow. Same `rng`, same result.
@@ -228,22 +229,32 @@ def _squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _mutate(anchors: np.ndarray, wh: np.ndarray, thr: float, generations: int, rng: np.random.Generator) -> np.ndarray:
-    """Anchors (n, 2) after a search that keeps the best of `MUTANTS` random changes where it beats its parent."""
-    log_wh, log_thr = np.log(wh).astype(np.float32), np.log(thr)
+    """Anchors (n, 2) after `generations` rounds; each changes every anchor alone and keeps the best change, if it helps.
 
-    def quality(candidates: np.ndarray) -> np.ndarray:  # (m, n, 2) -> (m,)
-        nearest = _log_ratio(log_wh, np.log(candidates).astype(np.float32)).min(-2)
-        return np.where(nearest < log_thr, np.exp(-nearest), 0).mean(-1)
+    YOLOv5 changes all anchors at once and judges them together. What a label gets from the other anchors does not
+    depend on the changed one, so n changes apart cost one judgement too.
+    """
+    log_wh, log_thr = np.log(wh).astype(np.float32), math.log(thr)
 
-    best = quality(anchors[None])[0]
-    for done in range(0, generations, MUTANTS):
-        shape = (min(MUTANTS, generations - done), *anchors.shape)
-        # most sides change by a few percent; how much is itself random, so that small and large steps both occur
-        step = rng.normal(size=shape) * rng.uniform(size=(shape[0], 1, 1)) * 0.1
-        factor = np.clip(1 + step * (rng.uniform(size=shape) < 0.9), 0.3, 3.0)
+    def scores(candidates: np.ndarray) -> np.ndarray:  # (n, 2) -> (n, m): 1 / factor, or 0 where it is out of reach
+        ratio = _log_ratio(log_wh, np.log(candidates).astype(np.float32))
+        return np.exp(-ratio) * (ratio < log_thr)
+
+    def best_without_each(rows: np.ndarray) -> np.ndarray:  # (n, m) -> (n, m)
+        return np.stack([np.delete(rows, i, 0).max(0, initial=0) for i in range(len(rows))])
+
+    rows = scores(anchors)
+    others, best = best_without_each(rows), rows.max(0).mean()
+    for _ in range(generations):
+        # how far is itself random, so that small and large steps both occur; some sides stay
+        step = rng.normal(size=anchors.shape) * rng.uniform(size=(len(anchors), 1)) * STEP
+        factor = np.clip(1 + step * (rng.uniform(size=anchors.shape) < 0.9), 0.3, 3.0)
         candidates = np.maximum(anchors * factor, USABLE_PX)
-        qualities = quality(candidates)
+        changed = scores(candidates)
+        qualities = np.maximum(changed, others).mean(1)
         winner = qualities.argmax()
         if qualities[winner] > best:
-            anchors, best = candidates[winner], qualities[winner]
+            best, rows[winner] = qualities[winner], changed[winner]
+            anchors = np.where(np.arange(len(anchors))[:, None] == winner, candidates, anchors)
+            others = best_without_each(rows)
     return anchors
