@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from utils.config import ArgumentParser, UserError, check_minimum, options_from
-from utils.runtime import LOGGER, ROOT, Stopwatch, make_run_dir, relative, run_script, select_device, setup_logging
+from utils.runtime import (
+    LOGGER,
+    ROOT,
+    Stopwatch,
+    fp16_works,
+    make_run_dir,
+    relative,
+    run_script,
+    select_device,
+    setup_logging,
+)
 
 if TYPE_CHECKING:
     import cv2
@@ -90,23 +100,19 @@ def _check(options: argparse.Namespace) -> None:
         if not 0 <= value <= 1:
             raise UserError(f"{flag} {value:g}: expected 0 to 1.")
     check_minimum(options, max_det=1, line_thickness=1)
-    for name in _as_list(options.weights):
+    for name in options.weights:
         if Path(name).suffix.lower() not in (".pt", ""):
             raise UserError(f"--weights {name}: only .pt checkpoints can be run. Give the .pt this was exported from.")
     if options.dnn:
         raise UserError(
             "--dnn runs ONNX files through OpenCV, which is not available here. Give the .pt and leave it out."
         )
-    if options.visualize and (options.augment or len(_as_list(options.weights)) > 1):
+    if options.visualize and (options.augment or len(options.weights) > 1):
         raise UserError("--visualize shows one pass of one network: leave out --augment and give one --weights.")
     if options.view_img and not _display_works():
         raise UserError(
             "--view-img: no window can be opened here. Leave it out; pictures are saved unless --nosave is given."
         )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _display_works() -> bool:
@@ -119,10 +125,9 @@ def _display_works() -> bool:
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _size_hw(imgsz: Any, stride: int) -> tuple[int, int]:
+def _size_hw(sizes: list[int], stride: int) -> tuple[int, int]:
     """Height and width of the network's input, raised to multiples of its stride (with a warning)."""
-    sizes = _as_list(imgsz)
-    if len(sizes) not in (1, 2) or any(not isinstance(size, int) or size < 1 for size in sizes):
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise UserError(f"--imgsz {' '.join(map(str, sizes))}: expected one size or height and width, in pixels.")
     height, width = (max(-(-size // stride), 1) * stride for size in (sizes * 2)[:2])
     if [height, width] != (sizes * 2)[:2]:
@@ -142,7 +147,7 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[list[Detec
     from utils.downloads import find_weights
 
     networks, paths = [], []
-    for name in map(str, _as_list(options.weights)):
+    for name in options.weights:
         path = find_weights(name)
         checkpoint = read(path, training=False)
         if checkpoint.task not in ("detect", "segment"):
@@ -153,9 +158,7 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[list[Detec
         paths.append(path)
         if networks[0].names != networks[-1].names:
             raise UserError(f"{path}: its classes differ from those of {paths[0]}; an ensemble needs the same classes.")
-    if options.half and device.type != "cuda":
-        LOGGER.warning("--half needs a CUDA device: computing in fp32.")
-    elif options.half:
+    if options.half and fp16_works(device):
         networks = [network.half() for network in networks]
     wrong = [index for index in options.classes or () if index not in networks[0].names]
     if wrong:
@@ -181,7 +184,9 @@ class _Predictor:
     """From a batch of images to boxes in pixels of the originals, with the time each step took."""
 
     def __init__(self, networks: list[DetectionModel], options: argparse.Namespace, device: torch.device) -> None:
-        self.networks, self.options, self.device = networks, options, device
+        from utils.engine import num_masks
+
+        self.networks, self.options, self.device, self.num_masks = networks, options, device, num_masks(networks)
         self.dtype = next(networks[0].parameters()).dtype
         self.pre, self.inference, self.nms = Stopwatch(device), Stopwatch(device), Stopwatch(device)
         self.seen = 0
@@ -216,7 +221,7 @@ class _Predictor:
                 classes=options.classes,
                 agnostic=options.agnostic_nms,
                 max_det=options.max_det,
-                num_masks=getattr(self.networks[0].head, "nm", 0),
+                num_masks=self.num_masks,
             )
         self.seen += len(rows)
         found = []
@@ -382,9 +387,9 @@ def _detect(options: argparse.Namespace) -> None:
     networks, paths = _load(options, device)
     stride = max(int(network.stride.max()) for network in networks)
     size_hw = _size_hw(options.imgsz, stride)
+    predictor = _Predictor(networks, options, device)
     save_dir = make_run_dir(options, "labels" if options.save_txt else "")
 
-    predictor = _Predictor(networks, options, device)
     prepared = _prepare(source, size_hw, stride)
     if not source.live:
         prepared = prefetch(prepared)  # reading and resizing overlap the network

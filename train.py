@@ -13,7 +13,7 @@ import argparse
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,21 +115,22 @@ def run(**options: Any) -> argparse.Namespace:
         UserError: an unknown keyword, or anything wrong with the files named.
     """
     setup_logging()
-    return _run(options_from(build_parser(), options))
+    return _run(options)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; a user's mistake raises UserError."""
-    _run(build_parser().parse_args(argv))
+    _run(build_parser().given(argv))
 
 
-def _run(options: argparse.Namespace) -> argparse.Namespace:
+def _run(given: Mapping[str, Any]) -> argparse.Namespace:
+    options = options_from(build_parser(), given)
     check(options)
     from utils.training import process_group  # only now: mistakes above are answered at once
 
     resumed = None
     if options.resume:
-        options, resumed = _resumed(options)
+        options, resumed = _resumed(options, given)
     device = select_device(options.device, options.batch_size)
     with process_group(device, options.batch_size):
         return Training(options, device, resumed).run()
@@ -161,8 +162,11 @@ def check(options: argparse.Namespace) -> None:
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-def _resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Checkpoint]:
-    """The options of an interrupted run and its last checkpoint; only --device and --workers may differ."""
+def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[argparse.Namespace, Checkpoint]:
+    """The options of an interrupted run and its last checkpoint; of those `given`, only --device and --workers count.
+
+    A warning names the others where they differ.
+    """
     from models.checkpoint import read
     from utils.recorder import newest_checkpoint
 
@@ -177,12 +181,24 @@ def _resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Checkpoin
     defaults = build_parser().parse_args([])
     stored = {key: value for key, value in checkpoint.opt.items() if hasattr(defaults, key)}
     merged = argparse.Namespace(**{**vars(defaults), **stored})
-    for name in ("device", "workers"):
-        if getattr(options, name) != getattr(defaults, name):
-            setattr(merged, name, getattr(options, name))
+    for name in given.keys() & {"device", "workers"}:
+        setattr(merged, name, getattr(options, name))
     merged.resume, merged.hyp = str(file), checkpoint.hyp
+    ignored = [f"--{name.replace('_', '-')}" for name in given if _differs(options, merged, name)]
+    if ignored:
+        LOGGER.warning(
+            f"--resume goes on as the run was started: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} "
+            f"ignored. To train with other settings, start a new run from its weights: --weights {file} --epochs N."
+        )
     LOGGER.info(f"Resuming {relative(file)} after epoch {checkpoint.epoch}")
     return merged, checkpoint
+
+
+def _differs(options: argparse.Namespace, merged: argparse.Namespace, name: str) -> bool:
+    """Whether an option asks for something else than what the resumed run does."""
+    if name == "hyp":
+        return {**merged.hyp, **read_hyp(options.hyp)} != merged.hyp
+    return name not in ("resume", "local_rank") and getattr(options, name) != getattr(merged, name)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

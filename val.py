@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import ArgumentParser, DatasetSpec, UserError, check_minimum, options_from
-from utils.runtime import LOGGER, ROOT, make_run_dir, relative, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, ROOT, fp16_works, make_run_dir, relative, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
@@ -74,22 +75,13 @@ def run(**options: Any) -> Summary:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line; a user's mistake raises UserError."""
-    options = build_parser().parse_args(argv)
-    if options.half and _device(options).type != "cuda":
-        raise UserError("--half needs a CUDA device; on this one fp32 is as fast and exact. Leave the flag out.")
-    _run(options)
-
-
-def _device(options: argparse.Namespace) -> torch.device:
-    return select_device(options.device, options.batch_size)
+    _run(build_parser().parse_args(argv))
 
 
 def _run(options: argparse.Namespace) -> Summary:
     if options.dnn:
         raise UserError("--dnn (OpenCV DNN) is not offered. Validate the .pt file itself, without the flag.")
     check_minimum(options, imgsz=1, batch_size=1, workers=0, max_det=1)
-    if isinstance(options.weights, (str, Path)):
-        options.weights = [options.weights]
     if options.save_hybrid:
         options.save_txt = True
     if str(options.data).endswith("coco.yaml") and options.task in ("val", "test"):
@@ -108,10 +100,11 @@ def _validate(options: argparse.Namespace) -> Summary:
     from utils.engine import TABLE_HEADER, evaluate, round_up, table_rows
 
     speed = options.task == "speed"
-    device = _device(options)
+    device = select_device(options.device, options.batch_size)
     task = options.task if options.task in ("train", "val", "test") else "val"
     spec = prepare(options.data, task=task)
-    model, names, stride = _load(options, spec, device)
+    half = fp16_works(device) if options.half else speed and device.type == "cuda"
+    model, names, stride = _load(options, spec, device, half=half)
     imgsz = round_up(options.imgsz, stride)
     save_dir = make_run_dir(options, "labels" if options.save_txt else "")
     loader, _ = build_loader(
@@ -130,7 +123,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     )
     plots = not options.noplots and not speed
     writer = ResultWriter(options, spec, names, save_dir, plots=plots)
-    eval_options = _eval_options(options, spec, device, confusion=plots)
+    eval_options = _eval_options(options, spec, half=half, confusion=plots)
     result = evaluate(model, loader, eval_options, on_batch=writer.batch, on_image=writer.image)
     loader.close()
     per_class = (options.verbose or spec.num_classes < 50) and eval_options.num_classes > 1
@@ -143,9 +136,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     return summary, result.maps, result.times_ms
 
 
-def _eval_options(
-    options: argparse.Namespace, spec: DatasetSpec, device: torch.device, *, confusion: bool
-) -> EvalOptions:
+def _eval_options(options: argparse.Namespace, spec: DatasetSpec, *, half: bool, confusion: bool) -> EvalOptions:
     from utils.engine import EvalOptions
 
     speed = options.task == "speed"
@@ -155,7 +146,7 @@ def _eval_options(
         iou_thres=0.45 if speed else options.iou_thres,
         max_det=options.max_det,
         augment=options.augment,
-        half=(options.half or speed) and device.type == "cuda",
+        half=half,
         single_cls=options.single_cls,
         hybrid=options.save_hybrid,
         confusion=confusion,
@@ -163,7 +154,7 @@ def _eval_options(
 
 
 def _load(
-    options: argparse.Namespace, spec: DatasetSpec, device: torch.device
+    options: argparse.Namespace, spec: DatasetSpec, device: torch.device, *, half: bool
 ) -> tuple[nn.Module, dict[int, str], int]:
     """The fused network (an ensemble of several files), its class names and its largest stride."""
     import torch
@@ -172,7 +163,7 @@ def _load(
     from utils.downloads import find_weights
     from utils.engine import Ensemble
 
-    models = [load_model(find_weights(str(name)), device) for name in options.weights]
+    models = [load_model(find_weights(name), device) for name in options.weights]
     for model, weights in zip(models, options.weights):
         if len(model.names) != spec.num_classes and not options.single_cls:
             raise UserError(
@@ -183,12 +174,7 @@ def _load(
     names = {0: "item"} if options.single_cls and spec.num_classes != 1 else spec.names
     model = models[0] if len(models) == 1 else Ensemble(models)
     model = model.to(memory_format=torch.channels_last)
-    if options.half or options.task == "speed":
-        if device.type == "cuda":
-            model = model.half()
-        elif options.half:
-            LOGGER.warning("fp16 needs CUDA; running in fp32.")
-    return model, dict(names), max(stride, 32)
+    return model.half() if half else model, dict(names), max(stride, 32)
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -299,6 +285,7 @@ def _study(options: argparse.Namespace) -> Summary:
 
     save_dir = make_run_dir(options)
     files = []
+    data = "data" if isinstance(options.data, Mapping) else Path(options.data).stem
     summary: Summary = ((), None, (0.0, 0.0, 0.0))
     for weights in options.weights:
         rows = []
@@ -309,7 +296,7 @@ def _study(options: argparse.Namespace) -> Summary:
             LOGGER.info(f"\n{weights} at {size}:")
             summary = _validate(once)
             rows.append((*summary[0], *summary[2]))
-        file = save_dir / f"study_{Path(options.data).stem}_{Path(weights).stem}.txt"
+        file = save_dir / f"study_{data}_{Path(weights).stem}.txt"
         file.write_text("".join(" ".join(f"{v:10.4g}" for v in row) + "\n" for row in rows), encoding="utf-8")
         files.append(file)
     if not options.noplots:

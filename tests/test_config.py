@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from utils.config import (
@@ -190,6 +192,91 @@ def test_an_unknown_keyword_is_an_error_as_an_unknown_flag_is() -> None:
         options_from(parser(), {"imgzs": 320})
     with pytest.raises(UserError, match="expected one of SGD, Adam"):
         options_from(parser(), {"optimizer": "Lion"})
+
+
+def every_kind() -> ArgumentParser:
+    made = parser()
+    made.add_argument("--conf-thres", type=float, default=0.25)
+    made.add_argument("--classes", nargs="+", type=int, default=None)
+    made.add_argument("--weights", nargs="+", default=["s.pt"])
+    made.add_argument("--insert", nargs="+", default=[])
+    made.add_argument("--half", action="store_true")
+    made.add_argument("--cache", nargs="?", const="ram", default=None)
+    made.add_argument("--level", type=int, choices=(0, 1), default=0)
+    for name in ("--name", "--data", "--hyp", "--source", "--device"):
+        made.add_argument(name, default="x")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("imgsz", "320", 320),
+        ("imgsz", np.int64(320), 320),
+        ("conf_thres", "0.3", 0.3),
+        ("conf_thres", 1, 1.0),
+        ("classes", 0, [0]),
+        ("classes", "0", [0]),
+        ("classes", (0, "2"), [0, 2]),
+        ("classes", range(3), [0, 1, 2]),
+        ("classes", None, None),
+        ("weights", "a.pt", ["a.pt"]),
+        ("weights", Path("a.pt"), ["a.pt"]),
+        ("insert", [], []),
+        ("half", True, True),
+        ("cache", True, "ram"),
+        ("cache", False, None),
+        ("cache", "disk", "disk"),
+        ("level", "1", 1),
+        ("optimizer", "Adam", "Adam"),
+        ("device", 0, "0"),
+        ("device", ("any", "object"), ("any", "object")),
+        ("source", 0, "0"),
+        ("source", ["a.jpg", "b.jpg"], ["a.jpg", "b.jpg"]),
+        ("data", {"train": "a"}, {"train": "a"}),
+        ("data", Path("d") / "a.yaml", str(Path("d") / "a.yaml")),
+        ("hyp", {"lr0": 0.1}, {"lr0": 0.1}),
+        ("name", 7, "7"),
+    ],
+    ids=str,
+)
+def test_a_keyword_is_converted_as_its_flag_would_be(key: str, value: Any, wanted: Any) -> None:
+    found = getattr(options_from(every_kind(), {key: value}), key)
+    assert found == wanted and type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("imgsz", "big", "imgsz='big': expected a whole number."),
+        ("imgsz", 640.0, "imgsz=640.0: expected a whole number."),
+        ("imgsz", True, "imgsz=True: expected a whole number."),
+        ("imgsz", None, "imgsz=None: expected a whole number."),
+        ("imgsz", [320], r"imgsz=[320]: expected a whole number."),
+        ("conf_thres", "high", "conf_thres='high': expected a number."),
+        ("classes", "0 2", "classes='0 2': expected a whole number."),
+        ("classes", [0, "cat"], "classes='cat': expected a whole number."),
+        ("classes", [], "classes=[]: expected at least one."),
+        ("half", "false", "half='false': expected True or False."),
+        ("half", 1, "half=1: expected True or False."),
+        ("level", 2, "level=2: expected one of 0, 1."),
+        ("name", {"a": 1}, "name={'a': 1}: expected text."),
+        ("name", np.zeros((9, 9)), "name=array("),
+    ],
+    ids=str,
+)
+def test_a_value_its_flag_would_refuse_is_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options_from(every_kind(), {key: value})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_only_what_a_command_line_names_is_given() -> None:
+    given = every_kind().given(["--img", "640", "--half", "--class", "1", "2", "--cache"])
+    assert given == {"imgsz": 640, "half": True, "classes": [1, 2], "cache": "ram"}
+    assert vars(options_from(every_kind(), given)) == vars(
+        every_kind().parse_args(["--img", "640", "--half", "--class", "1", "2", "--cache"])
+    )
 
 
 def test_an_option_below_its_minimum_is_named() -> None:

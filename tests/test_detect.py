@@ -213,6 +213,18 @@ def test_augment_looks_more_than_once(weights: Path, tmp_path: Path) -> None:
     assert not np.array_equal(plain, more)
 
 
+def test_keywords_are_converted_as_on_the_command_line(weights: Path, tmp_path: Path) -> None:
+    image = photo(tmp_path / "a.jpg")
+    given = dict(save_txt=True, save_conf=True)
+    wanted = numbers(run(weights, image, tmp_path, name="one", classes=[0], imgsz=[64], **given) / "labels/a.txt")
+    words = dict(classes=0, conf_thres="0.001", imgsz="64", max_det="5", line_thickness="3", save_format="0")
+    detect.run(
+        weights=weights, source=image, device=torch.device("cpu"), project=tmp_path / "runs", name=2, **words, **given
+    )
+    np.testing.assert_array_equal(numbers(tmp_path / "runs/2/labels/a.txt"), wanted)
+    assert set(wanted[:, 0]) == {0}
+
+
 def test_update_strips_our_own_file_in_place(weights: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.pt"
     own.write_bytes(weights.read_bytes())

@@ -132,6 +132,14 @@ def test_another_seed_gives_other_weights(
     assert not same(weights_of(finished.save_dir / "weights/last.pt"), weights_of(other.best))
 
 
+def test_keywords_are_converted_as_on_the_command_line(
+    finished: argparse.Namespace, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    words = dict(imgsz="64", batch_size="4", epochs="2", workers="0", seed="0", freeze=0, device=torch.device("cpu"))
+    run = quick(tmp_path, tiny_dataset, **words, project=tmp_path / "runs", data=tiny_dataset.yaml, cache=False)
+    assert same(weights_of(run.save_dir / "weights/last.pt"), weights_of(finished.save_dir / "weights/last.pt"))
+
+
 @pytest.mark.slow
 def test_freezing_keeps_layers_and_their_statistics(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     first = quick(tmp_path, tiny_dataset, epochs=1)
@@ -188,6 +196,46 @@ def test_a_run_interrupted_between_epochs_goes_on_bit_for_bit(finished: argparse
     assert resumed.save_dir == stopped
     assert same(weights_of(whole.save_dir / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
     assert rows_of(stopped) == rows_of(whole.save_dir)
+
+
+def stopped_after_epoch_0(finished: argparse.Namespace, folder: Path) -> Path:
+    """The last.pt of a run that was stopped there: the checkpoint that --save-period kept."""
+    (folder / "weights").mkdir(parents=True)
+    return Path(shutil.copy(finished.save_dir / "weights/epoch0.pt", folder / "weights/last.pt"))
+
+
+def test_flags_that_resuming_ignores_are_named_with_what_to_do(
+    finished: argparse.Namespace, tmp_path: Path, said: list[str]
+) -> None:
+    last = stopped_after_epoch_0(finished, tmp_path / "stopped")
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text("lr0: 0.5\n", encoding="utf-8")
+    train.main(
+        ["--resume", str(last), "--epochs", "100", "--batch", "4", "--workers", "0", "--hyp", str(hyp), "--cos-lr"]
+    )
+    (line,) = [line for line in said if "ignored" in line]
+    assert "--hyp, --epochs, --cos-lr are ignored" in line and f"--weights {last} --epochs N" in line
+    assert len(rows_of(tmp_path / "stopped")) == 2
+
+
+def test_resuming_with_the_flags_of_the_run_warns_of_nothing(
+    finished: argparse.Namespace, tmp_path: Path, said: list[str]
+) -> None:
+    last = stopped_after_epoch_0(finished, tmp_path / "stopped")
+    train.run(resume=last, epochs=2, hyp=dict(HYP), imgsz="64", device="cpu", workers=0)
+    assert not [line for line in said if "ignored" in line]
+
+
+def test_the_number_of_workers_may_change_on_resuming_to_the_default_too(
+    finished: argparse.Namespace, tmp_path: Path
+) -> None:
+    from models.checkpoint import read
+
+    last = stopped_after_epoch_0(finished, tmp_path / "stopped")
+    options = train.options_from(train.build_parser(), {"resume": last})
+    usual = options.workers
+    assert train._resumed(options, {"resume": last, "workers": usual})[0].workers == usual
+    assert train._resumed(options, {"resume": last})[0].workers == read(last).opt["workers"] == 0
 
 
 def test_a_finished_or_foreign_file_is_not_resumed(finished: argparse.Namespace, tmp_path: Path) -> None:

@@ -16,21 +16,22 @@ import torch
 import yaml
 from conftest import REPOSITORY, TinyDataset
 
+import detect
 import val
 from models.checkpoint import save
-from models.yolo import DetectionModel
+from models.yolo import build_model
 from utils.config import UserError
 
 
-def micro_checkpoint(file: Path, names: tuple[str, ...], *, seed: int = 0) -> Path:
+def micro_checkpoint(file: Path, names: tuple[str, ...], *, cfg: str = "yolov5n.yaml", seed: int = 0) -> Path:
     """An untrained network of yolov5n's rows with 8 to 32 channels, sure enough of itself to detect something."""
     torch.manual_seed(seed)
-    data = copy.deepcopy(DetectionModel("yolov5n.yaml").yaml)
+    data = copy.deepcopy(build_model(cfg).yaml)
     data["width_multiple"] = 0.03
-    model = DetectionModel(data, nc=len(names))
+    model = build_model(data, nc=len(names))
     with torch.no_grad():
         for level in model.head.m:
-            level.bias.view(model.head.na, -1)[:, 4:].fill_(1.0)
+            level.bias.view(model.head.na, -1)[:, 4 : 5 + len(names)].fill_(1.0)
     return save(
         file,
         {
@@ -193,6 +194,72 @@ def test_several_checkpoints_are_judged_together(checkpoint: Path, tiny_dataset:
     assert counts[1] > 1.5 * counts[0]
 
 
+def detections_of(folder: Path) -> np.ndarray:
+    """All rows of a run's label files."""
+    return np.concatenate([np.loadtxt(file, ndmin=2) for file in sorted((folder / "runs/exp/labels").iterdir())])
+
+
+def test_several_segmentation_networks_give_classes_and_no_mask_coefficients(
+    tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    file = micro_checkpoint(tmp_path / "seg.pt", tiny_dataset.names, cfg="yolov5n-seg.yaml")
+    one = quick(file, tiny_dataset, tmp_path / "one", save_txt=True, save_conf=True)[0]
+    two = quick(file, tiny_dataset, tmp_path / "two", weights=[str(file)] * 2, save_txt=True, save_conf=True)[0]
+    assert two == pytest.approx(one, abs=1e-6)  # a copy adds nothing that NMS keeps
+    np.testing.assert_allclose(detections_of(tmp_path / "two"), detections_of(tmp_path / "one"), atol=1e-5)
+    assert set(detections_of(tmp_path / "two")[:, 0]) == {0, 1}
+
+
+@pytest.mark.parametrize("changes", [{}, {"single_cls": True}], ids=str)
+@pytest.mark.parametrize(
+    ("cfg", "names", "message"),
+    [
+        ("yolov5n-seg.yaml", ("a", "b"), "file 2 predicts 2 classes and 32 mask coefficients per box, file 1 2 and 0"),
+        ("yolov5n.yaml", ("a", "b", "c"), "file 2 predicts 3 classes and 0 mask coefficients|knows 3 classes"),
+    ],
+)
+def test_networks_whose_boxes_differ_are_no_ensemble(
+    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, cfg: str, names: tuple[str, ...], message: str,
+    changes: dict[str, Any],
+) -> None:  # fmt: skip
+    other = micro_checkpoint(tmp_path / "other.pt", names, cfg=cfg)
+    with pytest.raises(UserError, match=message):
+        quick(checkpoint, tiny_dataset, tmp_path, weights=[str(checkpoint), str(other)], **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_with_one_class_the_files_say_that_class(checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    quick(checkpoint, tiny_dataset, tmp_path, save_txt=True, save_json=True)
+    assert set(detections_of(tmp_path)[:, 0]) == {0, 1}
+    quick(checkpoint, tiny_dataset, tmp_path, save_txt=True, save_json=True, single_cls=True, exist_ok=True, name="one")
+    rows = [np.loadtxt(file, ndmin=2) for file in (tmp_path / "runs/one/labels").iterdir()]
+    assert {row[0] for file in rows for row in file} == {0}
+    written = json.loads((tmp_path / "runs/one/micro_predictions.json").read_text(encoding="utf-8"))
+    assert {row["category_id"] for row in written} == {0} and len(written) == sum(map(len, rows))
+
+
+def test_with_one_class_coco_gets_its_first_category(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    from utils.config import load_dataset
+    from utils.engine import ImageResult
+
+    root = own_tiny_dataset.root / "coco"
+    spec = load_dataset({"path": str(root), "train": "x", "val": "val2017.txt", "names": ["a", "b"]})
+    options = val.build_parser().parse_args(["--save-json", "--noplots"])
+    writer = val.ResultWriter(options, spec, {0: "item"}, tmp_path, plots=False)
+    writer.image(ImageResult("1.jpg", (10, 10), torch.tensor([[1.0, 1, 5, 5, 0.5, 0]]), torch.zeros(0, 5)))
+    assert [row["category_id"] for row in writer.predictions] == [1]
+
+
+def test_keywords_are_converted_as_on_the_command_line(
+    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    wanted = quick(checkpoint, tiny_dataset, tmp_path)[0]
+    words = dict(
+        weights=checkpoint, data=tiny_dataset.yaml, imgsz="64", batch_size="2", conf_thres="0.001", workers="0"
+    )
+    assert quick(checkpoint, tiny_dataset, tmp_path, **words, project=tmp_path, device=torch.device("cpu"))[0] == wanted
+
+
 def test_augmentation_single_class_and_verbose_rows_work(
     checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
 ) -> None:
@@ -251,13 +318,16 @@ def test_wrong_options_are_refused(
         quick(checkpoint, tiny_dataset, tmp_path, **changes)
 
 
-def test_half_precision_on_a_cpu_is_refused_on_the_command_line_and_fp32_for_callers(
-    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path
+def test_half_precision_on_a_cpu_is_fp32_with_the_same_warning_from_everywhere(
+    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
 ) -> None:
-    with pytest.raises(UserError, match="--half needs a CUDA device"):
-        val.main(["--half", "--device", "cpu"])
     wanted = quick(checkpoint, tiny_dataset, tmp_path)[0]
     assert quick(checkpoint, tiny_dataset, tmp_path, half=True)[0] == wanted
+    common = ["--weights", str(checkpoint), "--project", str(tmp_path / "runs"), "--device", "cpu", "--half"]
+    val.main([*common, "--data", str(tiny_dataset.yaml), "--img", "64", "--workers", "0", "--noplots"])
+    detect.main([*common, "--source", str(tiny_dataset.val[0]), "--img", "64", "--nosave"])
+    warnings = [line for line in said if "--half" in line or "fp16" in line]
+    assert warnings == ["--half needs a CUDA device: computing in fp32."] * 3
 
 
 def test_a_size_that_is_not_a_multiple_of_the_stride_is_rounded_up(

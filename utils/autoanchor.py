@@ -229,7 +229,7 @@ def _squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _mutate(anchors: np.ndarray, wh: np.ndarray, thr: float, generations: int, rng: np.random.Generator) -> np.ndarray:
-    """Anchors (n, 2) after `generations` rounds; each changes every anchor alone and keeps the best change, if it helps.
+    """Anchors (n, 2) after `generations` rounds, each of which changes every anchor alone and keeps the best.
 
     YOLOv5 changes all anchors at once and judges them together. What a label gets from the other anchors does not
     depend on the changed one, so n changes apart cost one judgement too.

@@ -6,6 +6,7 @@ Everything here needs only PyYAML, so that `--help` and a typing mistake are ans
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -13,12 +14,22 @@ import os
 import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+# Options of `run(...)` that take more than their text: a dataset or hyper-parameters as a mapping, several sources, a
+# torch.device.
+PYTHON_ONLY: dict[str, type | tuple[type, ...]] = {
+    "data": Mapping,
+    "hyp": Mapping,
+    "source": (list, tuple),
+    "device": object,
+}
+WORDS = (str, os.PathLike, Real)  # what a word of a command line can stand for
 MAX_YAML_NODES = 200_000  # aliases inside aliases grow exponentially; no honest file comes near this
 OwnerT = TypeVar("OwnerT")
 
@@ -366,6 +377,12 @@ class ArgumentParser(argparse.ArgumentParser):
             )
         return options
 
+    def given(self, args: Any = None) -> dict[str, Any]:
+        """The options that a command line names, without those it leaves as they are."""
+        untouched = object()
+        options = argparse.Namespace(**{action.dest: untouched for action in self._actions if action.dest != "help"})
+        return {key: value for key, value in vars(self.parse_args(args, options)).items() if value is not untouched}
+
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         matches = super()._get_option_tuples(option_string)
         same = all(match[0] is matches[0][0] for match in matches)  # --im: --img and --imgsz are one flag
@@ -385,18 +402,51 @@ def check_minimum(options: argparse.Namespace, **minimum: int) -> None:
 
 
 def options_from(parser: argparse.ArgumentParser, overrides: Mapping[str, Any]) -> argparse.Namespace:
-    """The parser's defaults with `run(**overrides)` applied.
+    """The parser's defaults with `run(**overrides)` applied, every value converted as on the command line.
+
+    So `classes=0`, `conf_thres="0.3"` and `data=Path("a.yaml")` work. Flags without a value are True or False; those
+    that may go without one are, with True. What only Python can say (`PYTHON_ONLY`) stays as it is.
 
     Raises:
-        UserError: a keyword the parser has no flag for, or a value outside the flag's choices.
+        UserError: a keyword the parser has no flag for, or a value the flag does not take.
     """
     options = parser.parse_args([])
     actions = {action.dest: action for action in parser._actions}
     for key, value in overrides.items():
         if not hasattr(options, key):
             raise UserError(f"unknown option '{key}'.{closest(key, vars(options))}")
-        choices = actions[key].choices
-        if choices is not None and value not in choices and value != actions[key].default:
-            raise UserError(f"{key}={value!r}: expected one of {', '.join(map(str, choices))}.")
-        setattr(options, key, value)
+        setattr(options, key, _option_value(actions[key], value))
     return options
+
+
+def _option_value(action: argparse.Action, value: Any) -> Any:
+    """What the command line would have made of the value; UserError where it would have refused it."""
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0 and isinstance(value, bool):
+        return value
+    if action.nargs == "?" and isinstance(value, bool):
+        return action.const if value else action.default
+    if isinstance(value, PYTHON_ONLY.get(action.dest, ())) and not isinstance(value, WORDS):
+        return value
+    if action.nargs == "+" and isinstance(value, (list, tuple, set, range)):
+        values = [_converted(action, one) for one in value]
+        if not values and values != action.default:
+            raise UserError(f"{action.dest}={value!r}: expected at least one.")
+        return values
+    return [_converted(action, value)] if action.nargs == "+" else _converted(action, value)
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    kind: Any = action.type or str
+    if action.nargs != 0 and isinstance(value, WORDS) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            converted = kind(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+            if action.choices is None or converted in action.choices:
+                return converted
+    expected = {int: "a whole number", float: "a number"}.get(kind, "text")
+    if action.choices is not None:
+        expected = f"one of {', '.join(map(str, action.choices))}"
+    elif action.nargs == 0:
+        expected = "True or False"
+    raise UserError(f"{action.dest}={' '.join(repr(value).split())[:80]}: expected {expected}.")

@@ -96,15 +96,37 @@ OnImage = Callable[[ImageResult], None]
 
 
 class Ensemble(nn.Module):
-    """Several networks as one: their candidate boxes are put together before NMS. All must know the same classes."""
+    """Several networks as one: their candidate boxes are put together before NMS.
+
+    Raises:
+        UserError: the networks' boxes have different numbers of classes or mask coefficients.
+    """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
+        self.num_masks = num_masks(models)
         self.models = nn.ModuleList(models)
 
     def forward(self, images: Tensor, augment: bool = False) -> tuple[Tensor, None]:
         """Images `(B, 3, h, w)` -> (candidates `(B, N1 + N2 + ..., 5 + classes)`, None)."""
         return torch.cat([_forward(model, images, augment)[0] for model in self.models], 1), None
+
+
+def num_masks(networks: Sequence[nn.Module]) -> int:
+    """Mask coefficients at the end of each of the networks' candidate boxes: 0 unless they segment.
+
+    Raises:
+        UserError: networks that differ in this, or in their number of classes, cannot be put together.
+    """
+    heads = [getattr(network, "head", None) for network in networks]
+    first, *others = [(int(getattr(head, "nc", 0)), int(getattr(head, "nm", 0))) for head in heads]
+    for number, other in enumerate(others, 2):
+        if other != first:
+            raise UserError(
+                f"--weights: file {number} predicts {other[0]} classes and {other[1]} mask coefficients per box, "
+                f"file 1 {first[0]} and {first[1]}. An ensemble needs equal ones: leave one of the files out."
+            )
+    return first[1]
 
 
 def _forward(model: nn.Module, images: Tensor, augment: bool) -> tuple[Tensor, Any]:
@@ -119,7 +141,8 @@ class _Detector:
         self.model, self.options, self.keep_raw = model, options, keep_raw
         self.device = next(model.parameters()).device
         self.dtype = torch.float16 if options.half and self.device.type == "cuda" else torch.float32
-        self.num_masks = int(getattr(getattr(model, "head", None), "nm", 0))  # of a segmentation network: left out
+        # of segmentation networks: left out
+        self.num_masks = model.num_masks if isinstance(model, Ensemble) else num_masks([model])
         self.clocks = tuple(Stopwatch(self.device) for _ in range(3))
 
     def __call__(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
@@ -216,18 +239,18 @@ def evaluate(
     bar = tqdm(loader, desc="Validating", bar_format=BAR_FORMAT, leave=False, disable=not options.progress)
     for batches, batch in enumerate(bar, 1):
         detections, raw = detector(batch)
+        if options.single_cls:
+            for rows in detections:
+                rows[:, 5] = 0  # judged, drawn and written as the one class
         if compute_loss is not None:
             losses += compute_loss(raw, batch.targets.to(detector.device))[1]
         if on_batch is not None:
             on_batch(batches - 1, batch, detections)
         for image in _native(batch, detections):
-            judged = image.detections
-            if options.single_cls:
-                judged = torch.cat((judged[:, :5], torch.zeros_like(judged[:, 5:])), 1)
-            correct = match(judged, image.truth, thresholds)
-            average.update(correct, judged[:, 4], judged[:, 5], image.truth[:, 0])
+            correct = match(image.detections, image.truth, thresholds)
+            average.update(correct, image.detections[:, 4], image.detections[:, 5], image.truth[:, 0])
             if confusion is not None:
-                confusion.update(judged, image.truth)
+                confusion.update(image.detections, image.truth)
             if on_image is not None:
                 on_image(image)
             seen += 1

@@ -26,6 +26,7 @@ __all__ = [
     "LOGGER",
     "ROOT",
     "Stopwatch",
+    "fp16_works",
     "increment_path",
     "init_seeds",
     "local_rank",
@@ -227,6 +228,13 @@ def select_device(name: str | torch.device = "", batch_size: int = 0) -> torch.d
         device = torch.device("cpu")
     LOGGER.info(_describe(device))
     return device
+
+
+def fp16_works(device: torch.device) -> bool:
+    """Whether `--half` can be done on the device; a warning says so where it cannot, and fp32 is used."""
+    if device.type != "cuda":
+        LOGGER.warning("--half needs a CUDA device: computing in fp32.")
+    return device.type == "cuda"
 
 
 def _describe(device: torch.device) -> str:
