@@ -31,7 +31,7 @@ def micro_checkpoint(file: Path, names: tuple[str, ...], *, cfg: str = "yolov5n.
     model = build_model(data, nc=len(names))
     with torch.no_grad():
         for level in model.head.m:
-            level.bias.view(model.head.na, -1)[:, 4 : 5 + len(names)].fill_(1.0)
+            level.bias.view(model.head.na, -1)[:, 4:].fill_(1.0)
     return save(
         file,
         {
