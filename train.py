@@ -211,6 +211,7 @@ class Training:
         from utils.augmentations import TRANSFORMS
         from utils.autoanchor import AnchorHyp
         from utils.dataloaders import prepare
+        from utils.downloads import find_weights
         from utils.loss import LossHyp
         from utils.optim import EarlyStopping, OptimHyp
         from utils.training import build_loaders, build_trainer, fit_anchors_, freeze_, is_main, restore_
@@ -220,7 +221,8 @@ class Training:
         if options.label_smoothing:
             self.hyp["label_smoothing"] = options.label_smoothing
         init_seeds(options.seed + 1 + rank())
-        with rank_zero_first():
+        with rank_zero_first():  # what is missing here and cannot be fetched is said before anything is built
+            self.weights = find_weights(options.weights) if options.weights and resumed is None else None
             spec = prepare(options.data, task="train")
         self.names = {0: "item"} if options.single_cls and spec.num_classes != 1 else dict(spec.names)
         self.report: Report | None = None
@@ -248,7 +250,6 @@ class Training:
         from models.insert import write_arguments
         from models.transfer import start_network
         from models.yolo import build_model
-        from utils.downloads import find_weights
 
         options, nc = self.options, len(self.names)
         settings: dict[str, Any] = {
@@ -260,14 +261,12 @@ class Training:
         if self.resumed is not None:
             model = build_model(self.resumed.yaml, nc=nc)
             model.load_state_dict(self.resumed.training["model"])
-        elif not options.weights:
+        elif self.weights is None:
             model = build_model(cfg, nc=nc, **settings)
             LOGGER.info(f"Training {options.cfg} from nothing (--weights '').")
         else:
-            with rank_zero_first():
-                weights = find_weights(options.weights)
             start = {"mode": options.transfer, "gate": options.gate, "min_transfer": options.min_transfer}
-            model, self.report = start_network(cfg, weights, self.names, **start, **settings)
+            model, self.report = start_network(cfg, self.weights, self.names, **start, **settings)
             if self.report is not None:
                 LOGGER.info(self.report.summary())
             if options.insert:

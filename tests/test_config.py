@@ -114,6 +114,37 @@ def test_the_dataset_root_may_be_relative_to_the_working_directory(
     assert load_dataset({"path": "mine", "train": "a", "val": "b", "names": ["x"]}).root == tmp_path / "mine"
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an empty repository, work (the working directory) and sets (YOLOV5_DATASETS_DIR)."""
+    for name in ("repository", "work", "sets"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("utils.config.ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("YOLOv5_DATASETS_DIR", raising=False)
+    monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / "sets"))
+    return tmp_path
+
+
+def root_of(path: str) -> Path:
+    return load_dataset({"path": path, "train": "a", "val": "b", "names": ["x"]}).root
+
+
+@pytest.mark.parametrize("path", ["pets", "datasets/pets", "../datasets/pets", "../../pets", "a/../../pets", "../pets"])
+def test_what_is_nowhere_goes_below_the_variable_else_below_the_repository(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    assert root_of(path) == elsewhere / "sets" / "pets"
+    monkeypatch.delenv("YOLOV5_DATASETS_DIR")
+    assert root_of(path) == elsewhere / "repository" / "datasets" / "pets"
+
+
+def test_what_lies_somewhere_is_found_there(elsewhere: Path) -> None:
+    for place in ("repository/datasets/pets", "datasets/pets", "sets/pets"):  # the later ones come first
+        (elsewhere / place).mkdir(parents=True)
+        assert root_of("../datasets/pets") == elsewhere / place
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import stat
 import tarfile
 import threading
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,31 @@ def test_only_https_is_opened(url: str) -> None:
         downloads.open_url(url)
 
 
+def test_a_name_that_is_never_looked_up_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, done = [], threading.Event()
+
+    def hang(*address: Any, **_: Any) -> Any:
+        asked.append(address[0])
+        done.wait(30)
+        raise OSError("never")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.2)
+    for variable in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    start = time.monotonic()
+    with pytest.raises(urllib.error.URLError, match=r"no answer within 0\.2 seconds"):
+        downloads.open_url("https://example.org/a.zip")
+    assert time.monotonic() - start < 5 and asked == ["example.org"], "one attempt"
+    done.set()
+
+
+@pytest.mark.parametrize("url", ["https://[::1", "https://example.org:port/a.zip"])
+def test_an_address_that_cannot_be_read_is_an_answer(url: str) -> None:
+    with pytest.raises((urllib.error.URLError, HTTPException)):
+        downloads.open_url(url)
+
+
 def test_a_redirect_away_from_https_is_not_followed() -> None:
     handler, request = downloads._HttpsOnly(), urllib.request.Request("https://example.org/a")
     with pytest.raises(urllib.error.URLError, match="not https"):
@@ -316,9 +343,30 @@ def test_anything_but_an_https_archive_is_refused(tmp_path: Path, server: Server
 
 
 def test_an_archive_without_a_network_leaves_nothing(alone: Path) -> None:
+    with pytest.raises(UserError, match=r"name resolution.*--data shapes\.yaml --weights yolov5n-shapes\.pt"):
+        fetch_archive("https://example.org/coco128.zip", alone / "data" / "sets")
+    assert list(alone.iterdir()) == []
+    (alone / "mine").mkdir()
     with pytest.raises(UserError, match="name resolution"):
-        fetch_archive("https://example.org/coco128.zip", alone / "datasets")
-    assert list((alone / "datasets").iterdir()) == []
+        fetch_archive("https://example.org/coco128.zip", alone / "mine" / "sets")
+    assert list(alone.iterdir()) == [alone / "mine"], "only what was made for it goes"
+
+
+def test_an_archive_is_not_put_into_a_folder_marked_read_only(alone: Path, server: Server) -> None:
+    server.files["c.zip"] = zip_of(alone / "c.zip", dict(FILES)).read_bytes()
+    alone.chmod(0o555)
+    try:
+        with pytest.raises(UserError, match=r"not fetched into datasets \(Permission denied\)"):
+            fetch_archive("https://example.org/c.zip", alone / "datasets")
+    finally:
+        alone.chmod(0o755)
+    assert server.asked == [] and not (alone / "datasets").exists()
+
+
+def test_the_log_says_where_what_is_fetched_goes(alone: Path, server: Server, said: list[str]) -> None:
+    server.files["c.zip"] = zip_of(alone / "c.zip", dict(FILES)).read_bytes()
+    fetch_archive("https://example.org/c.zip", alone / "datasets")
+    assert said == ["c.zip will be unpacked into datasets", "Fetching https://example.org/c.zip"]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +379,7 @@ def test_an_entry_that_leaves_its_folder_is_refused(tmp_path: Path, server: Serv
     server.files[path.name] = path.read_bytes()
     with pytest.raises(UserError, match="outside its folder"):
         fetch_archive(f"https://example.org/a.{kind}", tmp_path / "in" / "side")
-    assert sorted(file.name for file in tmp_path.rglob("*")) == [path.name, "in", "side"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [path.name]
 
 
 def special(kind: bytes) -> tarfile.TarInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +273,35 @@ def test_a_read_only_place_falls_back_to_the_users_cache(
     assert ready.root == tmp_path / "cache" / "datasets" / "shapes"
     assert ready.train == (ready.root / "images" / "train",) and len(list(ready.train[0].iterdir())) == 6
     assert prepare_shapes(spec) == ready  # found there the next time
+
+
+@pytest.mark.usefixtures("few")
+def test_the_folder_for_datasets_is_where_it_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("utils.config.ROOT", tmp_path / "repository")
+    data = ROOT / "data" / "shapes.yaml"
+    for variable, wanted in ((None, tmp_path / "repository/datasets/shapes"), ("sets", tmp_path / "sets/shapes")):
+        shutil.rmtree(tmp_path / "repository", ignore_errors=True)
+        if variable:
+            monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / variable))
+        else:
+            monkeypatch.delenv("YOLOV5_DATASETS_DIR", raising=False)
+        assert prepare_shapes(load_dataset(data)).root == wanted
+        assert len(contents(wanted)) == 2 * 9 + 1 and str(wanted) in said[-1]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_folder_marked_read_only_is_left_alone_whoever_we_are(spec: DatasetSpec, tmp_path: Path) -> None:
+    spec.root.parent.mkdir(parents=True)
+    spec.root.parent.chmod(0o555)
+    try:
+        ready = prepare_shapes(spec)
+        assert ready.root == tmp_path / "cache" / "datasets" / "shapes" and not spec.root.exists()
+    finally:
+        spec.root.parent.chmod(0o755)
 
 
 @pytest.mark.usefixtures("few")

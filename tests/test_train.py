@@ -7,6 +7,7 @@ import csv
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -215,7 +216,7 @@ def test_flags_that_resuming_ignores_are_named_with_what_to_do(
     )
     (line,) = [line for line in said if "ignored" in line]
     assert "--hyp, --epochs, --cos-lr are ignored" in line and f"--weights {last} --epochs N" in line
-    assert len(rows_of(tmp_path / "stopped")) == 2
+    assert [row["epoch"] for row in rows_of(tmp_path / "stopped")] == [1]  # of two, as the run was begun
 
 
 def test_resuming_with_the_flags_of_the_run_warns_of_nothing(
@@ -344,6 +345,36 @@ def test_mistakes_on_the_command_line_exit_with_2_and_one_line(tmp_path: Path) -
         done = script(*arguments)
         output = done.communicate(timeout=120)[0]
         assert done.returncode == 2 and expected in output and len(output.strip().splitlines()) == 1, output
+
+
+OFFLINE = "--data shapes.yaml --weights yolov5n-shapes.pt"
+
+
+@pytest.mark.parametrize("missing", ["weights", "data"])
+def test_without_a_network_the_offline_command_is_named_before_anything_is_built_or_left(
+    missing: str, tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    for module in ("utils.config", "utils.downloads"):
+        monkeypatch.setattr(f"{module}.ROOT", tmp_path / "above" / "repository")
+    for variable in ("YOLOV5_WEIGHTS_DIR", "YOLOV5_DATASETS_DIR", "YOLOv5_DATASETS_DIR", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(train.Training, "_build_model", lambda self: pytest.fail("a network was built"))
+    work = tmp_path / "above" / "repository"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    options = {
+        "weights": dict(weights="yolov5s.pt", cfg="", data=str(tiny_dataset.yaml)),
+        "data": dict(
+            weights="", cfg=str(REPOSITORY / "models/yolov5n.yaml"), data=str(REPOSITORY / "data/coco128.yaml")
+        ),
+    }
+    with pytest.raises(UserError, match=f"name resolution.*{OFFLINE}"):
+        train.run(**options[missing], project=tmp_path / "runs", device="cpu", workers=0)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "above", work], "nothing is left beside or above"
 
 
 def test_several_devices_need_a_launcher(tiny_dataset: TinyDataset, tmp_path: Path) -> None:

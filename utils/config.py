@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import os
+import stat
 import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -211,11 +213,23 @@ def datasets_dir() -> Path | None:
     return Path(value).expanduser() if value else None
 
 
+def refuse_read_only(folder: Path) -> None:
+    """Raise PermissionError where a folder, or the nearest above it that exists, is marked read-only.
+
+    The system itself does not stop root from writing there.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.stat().st_mode & stat.S_IWUSR:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def load_dataset(data: str | Path | Mapping[str, Any]) -> DatasetSpec:
     """Read a dataset YAML (or an equal mapping) and resolve its paths.
 
-    A relative `path` is looked for below `YOLOV5_DATASETS_DIR` (a leading `../datasets/` stands for it), the working
-    directory and the repository; the first that exists wins, otherwise the repository's is kept for fetching into.
+    A relative `path` is looked for below `YOLOV5_DATASETS_DIR` where that is set, the working directory, the repository
+    and its folder `datasets`; the first that exists wins. What is nowhere is fetched or drawn into
+    `YOLOV5_DATASETS_DIR`, else into the repository's `datasets`: a leading `../datasets/` or `datasets/` stands for
+    this place, and other steps upwards are left out of it.
 
     Raises:
         UserError: a missing or unknown kind of entry, with the YAML's line.
@@ -248,16 +262,14 @@ def _dataset_root(file: YamlFile) -> Path:
     path = Path(value).expanduser()
     if path.is_absolute():
         return path
-    candidates = [Path.cwd() / path, ROOT / path]
-    base = datasets_dir()
-    if base is not None:
-        parts = path.parts
-        for prefix in (("..", "datasets"), ("datasets",)):
-            if parts[: len(prefix)] == prefix:
-                path = Path(*parts[len(prefix) :])
-                break
-        candidates.insert(0, base / path)
-    return next((c for c in candidates if c.exists()), candidates[-1]).resolve()
+    inside = Path(*(part for part in Path(os.path.normpath(path)).parts if part != ".."))
+    if inside.parts[:1] == ("datasets",):
+        inside = inside.relative_to("datasets")
+    named, own = datasets_dir(), ROOT / "datasets"
+    candidates = [Path.cwd() / path, ROOT / path, own / inside]
+    if named is not None:
+        candidates.insert(0, named / inside)
+    return next((c for c in candidates if c.exists()), (named or own) / inside).resolve()
 
 
 def _names(file: YamlFile) -> dict[int, str]:

@@ -28,7 +28,7 @@ from utils import augmentations as aug
 from utils.augmentations import Example, Image, letterbox
 from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
 from utils.config import DatasetSpec, UserError, load_dataset, owned
-from utils.downloads import fetch_archive
+from utils.downloads import OFFLINE_HINT, fetch_archive
 from utils.images import Cache, ImageError, ImageStore, num_cpus, read_image
 from utils.labels import Sample, scan
 from utils.runtime import LOGGER, rank_zero_first, relative
@@ -425,8 +425,8 @@ def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val") -> Datas
     for missing_task, path in _missing(spec, tasks):
         raise UserError(
             f"{spec.file.where(missing_task)}: the '{missing_task}' images are not at {path}. `path:` "
-            f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory and "
-            "the repository. Correct it, or try `--data shapes.yaml`, which needs no files."
+            f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory, the "
+            f"repository and its folder datasets. Correct it. {OFFLINE_HINT}"
         )
     return spec
 

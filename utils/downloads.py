@@ -19,6 +19,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,11 +29,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from queue import Empty, Queue
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils.config import UserError, closest, display_path
+from utils.config import UserError, closest, display_path, refuse_read_only
 from utils.runtime import LOGGER, ROOT
 
 RELEASE_TAG = "v7.0"
@@ -41,7 +43,8 @@ OFFICIAL = re.compile(r"yolov5[nsmlx](?:6|-seg|-cls)?\.pt")
 # The releases publish no sums. Known by having the file; the others are checked by size, zip structure and CRC.
 SHA256 = {("yolov5n.pt", "v6.0"): "edd2e5cc4e3caa4b508168b51d9dc529da58b37813e0d2c8b49aba06aa3472dc"}
 OFFLINE_HINT = "What runs now: --data shapes.yaml --weights yolov5n-shapes.pt"
-TIMEOUT_SECONDS = 10.0
+ANSWER_SECONDS = 5.0  # for everything before the first byte: without a network nobody waits longer than this
+TIMEOUT_SECONDS = 10.0  # of a connection that has answered
 MIN_WEIGHTS_BYTES = 100_000
 CHUNK_BYTES = 1 << 20
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -69,11 +72,31 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def open_url(url: str) -> Any:
-    """The response to a GET of an https URL; raises `OSError` (`URLError` is one) or `HTTPException`."""
+    """The response to a GET of an https URL; raises `OSError` (`URLError` is one) or `HTTPException`.
+
+    One attempt, given up after ANSWER_SECONDS: it runs in a thread, since looking up a name has no timeout of its own.
+    """
     if not url.lower().startswith("https://"):
         raise urllib.error.URLError("only https is fetched")
-    request = urllib.request.Request(url, headers={"User-Agent": "yolov5-se"})
-    return urllib.request.build_opener(_HttpsOnly).open(request, timeout=TIMEOUT_SECONDS)
+    answers: Queue[Any] = Queue()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "yolov5-se"})
+            answers.put(urllib.request.build_opener(_HttpsOnly).open(request, timeout=TIMEOUT_SECONDS))
+        except (OSError, HTTPException) as problem:
+            answers.put(problem)
+        except (ValueError, OverflowError) as problem:  # letters a host cannot have, a port above 65535
+            answers.put(urllib.error.URLError(f"not a possible address: {problem}"))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER_SECONDS)
+    except Empty:
+        raise urllib.error.URLError(f"no answer within {ANSWER_SECONDS:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def find_weights(name: str | Path) -> Path:
@@ -247,20 +270,23 @@ class _Entry:
 def fetch_archive(url: str, folder: str | Path) -> Path:
     """Fetch an https zip or tar and unpack it into `folder`; files already there are kept.
 
-    The archive is unpacked into a temporary folder and moved into place when it is whole. Returns the one top folder it
-    brought, or `folder` if it brought several things.
+    The archive is unpacked into a temporary folder and moved into place when it is whole; a failure leaves no folder
+    that was not there. Returns the one top folder it brought, or `folder` if it brought several things.
 
     Raises:
         UserError: not https, not a zip or tar, not reachable, broken, or an archive that writes outside its folder,
-            holds links or devices, or unpacks to an unreasonable size.
+            holds links or devices, or unpacks to an unreasonable size; or a `folder` marked read-only.
     """
     folder = Path(folder)
     parts = urllib.parse.urlsplit(url)
     name = PurePosixPath(urllib.parse.unquote(parts.path)).name.lower()
     if parts.scheme != "https" or not name.endswith(ARCHIVE_SUFFIXES):
         raise UserError(f"{url}: only an https address of a {', '.join(ARCHIVE_SUFFIXES)} archive is fetched.")
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
+        refuse_read_only(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        LOGGER.info(f"{name} will be unpacked into {display_path(folder)}")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             archive = Path(temporary) / f"archive.{name}"
             _download(url, archive, label=name)
@@ -269,7 +295,12 @@ def fetch_archive(url: str, folder: str | Path) -> Path:
     except DownloadProblem as problem:
         raise UserError(f"{url}: refused: {problem}.") from None
     except (OSError, HTTPException) as problem:
-        raise UserError(f"{url}: not fetched into {display_path(folder)} ({_reason(problem)}).") from None
+        why = f"{url}: not fetched into {display_path(folder)} ({_reason(problem)})."
+        raise UserError(f"{why} {OFFLINE_HINT}") from None
+    finally:
+        for place in new:
+            with contextlib.suppress(OSError):  # something came into it
+                place.rmdir()
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from utils.config import DatasetSpec, UserError
+from utils.config import DatasetSpec, UserError, refuse_read_only
 from utils.runtime import LOGGER, user_cache_dir
 
 CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
@@ -421,7 +421,8 @@ def _missing(root: Path) -> list[tuple[str, int]]:
 
 
 def _draw_files(root: Path) -> None:
-    """Draw what is missing below `root`; OSError where it cannot be written."""
+    """Draw what is missing below `root`; OSError where it cannot be written, or is marked read-only."""
+    refuse_read_only(root)
     missing = _missing(root)
     LOGGER.info(f"Drawing the shapes dataset: {len(missing)} images of {sum(SPLITS.values())} into {root} ...")
 
