@@ -208,16 +208,13 @@ class Training:
     """One run: its parts, made in the order they depend on each other, and the loop over epochs."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, resumed: Checkpoint | None) -> None:
-        from utils.augmentations import TRANSFORMS
-        from utils.autoanchor import AnchorHyp
         from utils.dataloaders import prepare
         from utils.downloads import find_weights
-        from utils.loss import LossHyp
-        from utils.optim import EarlyStopping, OptimHyp
-        from utils.training import build_loaders, build_trainer, fit_anchors_, freeze_, is_main, restore_
+        from utils.optim import EarlyStopping
+        from utils.training import HYP_OWNERS, build_loaders, build_trainer, fit_anchors_, freeze_, is_main, restore_
 
         self.options, self.device, self.resumed, self.main = options, device, resumed, is_main()
-        self.hyp = check_hyp(read_hyp(options.hyp), (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS))
+        self.hyp = check_hyp(read_hyp(options.hyp), HYP_OWNERS)
         if options.label_smoothing:
             self.hyp["label_smoothing"] = options.label_smoothing
         init_seeds(options.seed + 1 + rank())

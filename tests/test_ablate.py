@@ -66,6 +66,12 @@ def test_an_arm_may_differ_in_flags_and_hyper_parameters() -> None:
     }
 
 
+@pytest.mark.parametrize(("key", "value"), [("nominal_batch", 32.0), ("anchors", 3.0)])
+def test_an_arm_may_differ_in_a_hyper_parameter_that_the_usual_file_does_not_have(key: str, value: float) -> None:
+    _, arm = arms("a.yaml", arm=(f"x:{key}={value:g}",))
+    assert arm.options == {"hyp_changes": {key: value}}
+
+
 @pytest.mark.parametrize(
     ("cfgs", "specs", "message"),
     [
@@ -77,7 +83,10 @@ def test_an_arm_may_differ_in_flags_and_hyper_parameters() -> None:
         (["a.yaml"], ["x"], "expected NAME:KEY=VALUE"),
         (["a.yaml"], ["x:gate"], "expected KEY=VALUE, found 'gate'"),
         (["a.yaml"], ["x:gaet=gain"], "neither a flag of train.py nor a hyper-parameter. Did you mean 'gate'"),
-        (["a.yaml"], ["x:lr0=fast"], "lr0=fast: expected a number"),
+        (["a.yaml"], ["x:lr0=fast"], "--arm x:lr0=fast: 'lr0' must be a number, found 'fast'"),
+        (["a.yaml"], ["x:nominal_batch=0"], "--arm x:nominal_batch=0: 'nominal_batch' is 0, expected 1 to 65536"),
+        (["a.yaml"], ["x:anchors=11"], "'anchors' is 11, expected 0 to 10"),
+        (["a.yaml"], ["x:nominal_bach=32"], "Did you mean 'nominal_batch'"),
         (["a.yaml"], ["x:cos_lr=maybe"], "expected true or false"),
     ],
 )

@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.autoanchor import check_anchors, write_anchors
+from utils.augmentations import TRANSFORMS
+from utils.autoanchor import AnchorHyp, check_anchors, write_anchors
 from utils.config import DatasetSpec, UserError, owned
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader
 from utils.engine import Trainer, TrainOptions, autocast_dtype
-from utils.loss import ComputeLoss, scale_gains
+from utils.loss import ComputeLoss, LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
 from utils.runtime import LOGGER, rank, world_size
+
+HYP_OWNERS: tuple[type, ...] = (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS)  # every hyper-parameter is a field of one
 
 
 def is_main() -> bool:

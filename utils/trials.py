@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from utils.config import UserError, closest, display_path, read_hyp, read_yaml
+from utils.config import UserError, check_hyp, closest, display_path, read_hyp, read_yaml
 from utils.dataloaders import prepare
 from utils.labels import image_files
 from utils.recorder import write_yaml
 from utils.runtime import LOGGER, ROOT, write_texts
+from utils.training import HYP_OWNERS
 
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
@@ -111,14 +113,14 @@ def _train_value(parser: argparse.ArgumentParser, action: argparse.Action, value
 
 
 def _hyp_value(spec: str, key: str, value: str, flags: Sequence[str]) -> float:
-    known = read_hyp(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    known = [field.name for owner in HYP_OWNERS for field in dataclasses.fields(owner)]
     if key not in known:
         hint = closest(key, [*flags, *known])
         raise UserError(f"--arm {spec}: '{key}' is neither a flag of train.py nor a hyper-parameter.{hint}")
     try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--arm {spec}: {key}={value}: expected a number.") from None
+        return check_hyp(read_hyp({key: value}), HYP_OWNERS)[key]
+    except UserError as error:
+        raise UserError(f"--arm {spec}: {str(error).removeprefix('hyp: ')}") from None
 
 
 def seeds_of(words: Sequence[str]) -> list[int]:
