@@ -192,10 +192,10 @@ class _Predictor:
         self.seen = 0
 
     def warm_up(self, size_hw: tuple[int, int]) -> None:
-        """Let CUDA load its kernels before the clock runs."""
+        """Let an accelerator load its kernels before the clock runs."""
         import torch
 
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             for network in self.networks:
                 network(torch.zeros(1, 3, *size_hw, device=self.device, dtype=self.dtype))
 

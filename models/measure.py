@@ -102,7 +102,7 @@ def image_memory(model: nn.Module, images: Tensor) -> float | None:
         model(images)
         return (torch.cuda.max_memory_allocated(images.device) - before) / 2**20
     reset = Path("/proc/self/clear_refs")
-    if not os.access(reset, os.W_OK):
+    if images.device.type != "cpu" or not os.access(reset, os.W_OK):
         return None
     reset.write_text("5", encoding="ascii")  # "the peak is what is resident now", says proc(5)
     resident = _peak_resident()

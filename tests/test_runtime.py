@@ -92,10 +92,15 @@ def test_several_devices_without_a_launcher_name_the_launcher(monkeypatch: pytes
 def test_each_process_takes_the_device_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr("utils.runtime._describe", str)
+    done: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("current", device)))
+    monkeypatch.setattr("utils.runtime._describe", lambda device: done.append(("described", device)))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert select_device("2,3") == torch.device("cuda", 3)
-    assert select_device("") == torch.device("cuda", 1)
+    third, second = torch.device("cuda", 3), torch.device("cuda", 1)
+    assert select_device("2,3") == third
+    assert select_device("") == second
+    # the description is the first to touch CUDA: it must find the current device set
+    assert done == [("current", third), ("described", third), ("current", second), ("described", second)]
 
 
 def test_cpu_is_cpu() -> None:
@@ -113,6 +118,15 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("YOLOV5_CACHE_DIR", str(tmp_path))
     assert user_cache_dir() == tmp_path
+
+
+def test_a_stopwatch_waits_for_its_own_device_and_not_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in (torch.device("cuda", 3), torch.device("mps"), torch.device("cpu"), None):
+        with Stopwatch(device):
+            pass
+    assert waited == [torch.device("cuda", 3)] * 2 + [torch.device("mps")] * 2
 
 
 def test_a_stopwatch_adds_up() -> None:

@@ -392,7 +392,7 @@ class LossMonitor:
         self._waiting.append((items, paths))
         if len(self._waiting) < self.interval and not last:
             return False
-        values = torch.stack([items for items, _ in self._waiting]).double().cpu().numpy()  # the device sync
+        values = torch.stack([items for items, _ in self._waiting]).cpu().double().numpy()  # the device sync
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if len(bad):
             box, objectness, classes = values[bad[0]]

@@ -146,7 +146,8 @@ class ComputeLoss:
     `targets` are image, class, cx, cy, w, h in 0..1 on the predictions' device. The total is multiplied by the
     batch size and is what to differentiate; the items are box, objectness and class loss, detached, for one image.
     Gains come from `model.hyp`, already scaled (see `scale_gains`), the grid's anchors from the last layer of
-    `model.model` that has any; both are read once, here. Half-precision predictions are welcome, inside autocast
+    `model.model` that has any; both are read once, when it is made, and kept on the device where the head then is: make
+    it after the network was moved. Half-precision predictions are welcome, inside autocast
     too: the loss is taken in float32. Labels without a class loss (one class only) and batches without labels give
     what remains. A prediction that is not a number gives a loss that is not one.
 
@@ -162,23 +163,16 @@ class ComputeLoss:
         self.sort_obj_iou = sort_obj_iou
         self.autobalance = autobalance
         self.num_classes: int = head.nc
+        device = head.anchors.device
         self.anchors: Tensor = head.anchors.detach().float().clone()  # (nl, na, 2) in cells
-        self.balance: Tensor = torch.tensor(BALANCE.get(head.nl, BALANCE_OTHERWISE[: head.nl]))
+        self.balance: Tensor = torch.tensor(BALANCE.get(head.nl, BALANCE_OTHERWISE[: head.nl]), device=device)
         # the level the others' weights are relative to
-        self._reference_level = [float(stride) for stride in head.stride].index(16.0) if autobalance else 0
-        self._positive_weights = torch.tensor((self.hyp.obj_pw, self.hyp.cls_pw))
-        self._to(self.anchors.device)
+        self._reference_level = head.stride.tolist().index(16.0) if autobalance else 0
+        self._positive_weights = torch.tensor((self.hyp.obj_pw, self.hyp.cls_pw), device=device)
 
     def __call__(self, predictions: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        device = predictions[0].device
-        self._to(device)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(predictions[0].device.type, enabled=False):
             return self._loss(predictions, targets.float())
-
-    def _to(self, device: torch.device) -> None:
-        if self.anchors.device != device:
-            self.anchors, self.balance = self.anchors.to(device), self.balance.to(device)
-            self._positive_weights = self._positive_weights.to(device)
 
     def _loss(self, predictions: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         shapes_hw = [(level.shape[2], level.shape[3]) for level in predictions]

@@ -184,7 +184,8 @@ def select_device(name: str | torch.device = "", batch_size: int = 0) -> torch.d
     """The device a flag such as `''`, `cpu`, `0`, `cuda:1` or `mps` stands for; the choice is logged.
 
     An empty name takes the first CUDA device, then Apple's, then the CPU. Under a launcher each process takes the CUDA
-    device of its local rank.
+    device of its local rank. A CUDA device becomes this process's current one, which is where NCCL, pinned memory and
+    everything without a device of its own go; otherwise every process would also hold memory on device 0.
 
     Raises:
         UserError: a device this machine does not have, or several of them without a launcher.
@@ -226,6 +227,8 @@ def select_device(name: str | torch.device = "", batch_size: int = 0) -> torch.d
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before the description, which is the first to touch CUDA
     LOGGER.info(_describe(device))
     return device
 
@@ -267,11 +270,11 @@ def init_seeds(seed: int, deterministic: bool = True) -> None:
 
 
 class Stopwatch:
-    """Adds up the time spent inside `with stopwatch:`; waits for CUDA first, so it costs a sync per block."""
+    """Adds up the time spent inside `with stopwatch:`; waits for an accelerator first: two syncs per block."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.seconds = 0.0
-        self._cuda = device is not None and device.type == "cuda"
+        self._device = device if device is not None and device.type != "cpu" else None
 
     def __enter__(self) -> Stopwatch:
         self._start = self._now()
@@ -281,8 +284,8 @@ class Stopwatch:
         self.seconds += self._now() - self._start
 
     def _now(self) -> float:
-        if self._cuda:
+        if self._device is not None:
             import torch
 
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize(self._device)
         return time.perf_counter()

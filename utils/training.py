@@ -36,12 +36,17 @@ def process_group(device: torch.device, batch_size: int) -> Iterator[None]:
     """The processes a launcher started, able to talk to each other inside the block; nothing for a single one.
 
     Raises:
-        UserError: a batch that cannot be shared out equally.
+        UserError: a batch that cannot be shared out equally, or that a single GPU would have to measure.
     """
     if world_size() == 1:
         yield
         return
-    if batch_size < 1 or batch_size % world_size():
+    if batch_size == -1:
+        raise UserError(
+            f"--batch-size -1 measures one GPU, and here {world_size()} processes train. Give a number, a multiple of "
+            f"{world_size()}."
+        )
+    if batch_size % world_size():
         raise UserError(f"--batch-size {batch_size}: expected a multiple of the {world_size()} processes.")
     # Hours: the other processes wait while rank 0 fetches data or validates.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
