@@ -1,0 +1,199 @@
+"""The whole program on a simulated accelerator. Run by tests/test_accelerator.py, in a process of its own.
+
+`python -m pytest tests/on_accelerator.py` runs it by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_accelerator as simulated
+import torch
+from conftest import TinyDataset
+from test_engine import CLASSES, make_batch, micro_yaml
+from test_train import quick, rows_of, same, weights_of
+
+import detect
+import train
+import val
+from models.common import Gate
+from models.graph import layer_classes
+from models.yolo import DetectionModel
+from utils import engine
+from utils.engine import EvalOptions, Trainer, TrainOptions, evaluate, train_one_epoch
+from utils.loss import ComputeLoss, scale_gains
+from utils.optim import ModelEMA, OptimHyp, Schedule, build_optimizer
+
+DEVICE = torch.device("privateuseone", 0)  # its name before `register` gives it another: sim:0
+CPU = torch.device("cpu")
+SIZE = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> Iterator[None]:
+    """The device, known to torch before anything else happens, and by the name `sim` to the scripts."""
+    kept = simulated.register()
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (train, val, detect):
+            choose = script.select_device
+            patch.setattr(script, "select_device", lambda name, *a, c=choose: DEVICE if name == "sim" else c(name, *a))
+        patch.setattr(engine, "native_bf16", lambda: False)  # the runs on the CPU to compare with: in fp32, too
+        yield
+    assert kept
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: TinyDataset) -> dict[str, argparse.Namespace]:
+    """The same run of two epochs on both devices."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: quick(folder, tiny_dataset, device=name, name=name, save_period=1) for name in ("cpu", "sim")}
+
+
+def test_a_run_on_the_accelerator_ends_like_the_one_on_the_cpu(runs: dict[str, argparse.Namespace]) -> None:
+    """Padding rows of the loss and summing in another order change the last bits only, which six steps let grow."""
+    cpu, sim = (rows_of(run.save_dir) for run in runs.values())
+    for ours, theirs in zip(sim, cpu, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    cpu_weights, sim_weights = (weights_of(run.save_dir / "weights/last.pt") for run in runs.values())
+    for name, value in cpu_weights.items():
+        torch.testing.assert_close(sim_weights[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_goes_on_bit_for_bit_on_the_accelerator(runs: dict[str, argparse.Namespace], tmp_path: Path) -> None:
+    whole, stopped = runs["sim"], tmp_path / "stopped"
+    (stopped / "weights").mkdir(parents=True)
+    shutil.copy(whole.save_dir / "weights/epoch0.pt", stopped / "weights/last.pt")
+    shutil.copy(whole.save_dir / "results.csv", stopped / "results.csv")
+    train.run(resume=str(stopped / "weights/last.pt"))
+    assert same(weights_of(whole.save_dir / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
+    assert rows_of(stopped) == rows_of(whole.save_dir)
+
+
+def test_validation_and_detection_on_the_accelerator_find_what_the_cpu_finds(
+    runs: dict[str, argparse.Namespace], tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    weights, found = str(runs["cpu"].best), {}
+    common: dict[str, Any] = {"weights": weights, "imgsz": SIZE, "conf_thres": 0.001, "project": str(tmp_path)}
+    for name in ("cpu", "sim"):
+        summary, maps, _ = val.run(
+            **common, data=str(tiny_dataset.yaml), device=name, name=f"val-{name}", workers=0, noplots=True
+        )
+        source = str(tiny_dataset.root / "images/val")
+        detect.run(**common, source=source, device=name, name=name, nosave=True, save_txt=True, save_conf=True)
+        labels = {file.name: np.loadtxt(file, ndmin=2) for file in (tmp_path / name / "labels").glob("*.txt")}
+        found[name] = summary, maps, labels
+    assert found["sim"][0] == pytest.approx(found["cpu"][0], abs=1e-6)
+    np.testing.assert_allclose(found["sim"][1], found["cpu"][1], atol=1e-6)
+    assert len(found["cpu"][2]) == len(tiny_dataset.val) and found["sim"][2].keys() == found["cpu"][2].keys()
+    for name, rows in found["cpu"][2].items():
+        np.testing.assert_allclose(found["sim"][2][name], rows, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- a training step
+
+
+def network() -> DetectionModel:
+    torch.manual_seed(0)
+    model = DetectionModel(micro_yaml(), nc=CLASSES)
+    model.hyp = scale_gains({}, model.head.nl, CLASSES, SIZE)
+    return model
+
+
+def trainer_on(device: torch.device, optimizer: str = "SGD", batches: int = 3, **options: Any) -> Trainer:
+    model = network().to(device, memory_format=torch.channels_last)
+    hyp = OptimHyp(warmup_epochs=0, nominal_batch=4)
+    settings = TrainOptions(epochs=2, imgsz=SIZE, progress=False, **options)
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer(model, optimizer, hyp, 4),
+        schedule=Schedule(hyp, 2, batches, 4),
+        compute_loss=ComputeLoss(model),
+        device=device,
+        options=settings,
+        ema=ModelEMA(model),
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+def test_steps_on_the_accelerator_move_weights_and_average_like_those_on_the_cpu(optimizer: str) -> None:
+    batches = [make_batch(4, seed) for seed in range(3)]
+    results = []
+    for device in (CPU, DEVICE):
+        trainer = trainer_on(device, optimizer)
+        losses = train_one_epoch(trainer, batches, 0)
+        assert trainer.ema is not None
+        results.append((losses, trainer.model.state_dict(), trainer.ema.ema.state_dict()))
+        assert {value.device for state in results[-1][1:] for value in state.values()} == {device}
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4)
+    if optimizer == "SGD":  # Adam divides by gradients that are next to nothing: their last bits decide
+        for cpu, sim in zip(results[0][1:], results[1][1:], strict=True):
+            for name, value in cpu.items():
+                torch.testing.assert_close(sim[name].cpu(), value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_an_epoch_waits_only_where_the_losses_are_read(multi_scale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "ACCELERATOR_LOG_INTERVAL", 3)
+    count = 5
+    trainer = trainer_on(DEVICE, batches=count, multi_scale=multi_scale)
+    batches = [make_batch(2, seed) for seed in range(count)]
+    train_one_epoch(trainer, batches[:1], 0)  # the first step makes the optimizer's state
+    simulated.WAITS.clear()
+    train_one_epoch(trainer, batches, 0)
+    assert simulated.WAITS == ["copy to the CPU in utils/engine.py:add"] * 2  # after three batches, and at the end
+
+
+def test_an_epoch_with_labels_and_without_them_has_finite_losses_and_gradients() -> None:
+    batches = [make_batch(2), replace(make_batch(2), targets=torch.zeros(0, 6))]
+    assert np.isfinite(train_one_epoch(trainer_on(DEVICE, batches=2), batches, 0)).all()
+
+
+def test_a_loss_whose_constants_are_on_the_cpu_is_refused() -> None:
+    """What CUDA's first step ended with."""
+    trainer = trainer_on(DEVICE)
+    assert isinstance(trainer.compute_loss, ComputeLoss)
+    trainer.compute_loss.balance = trainer.compute_loss.balance.cpu()
+    with pytest.raises(RuntimeError, match=r"aten\.mul.*expected all tensors on one device, found sim:0 and cpu"):
+        train_one_epoch(trainer, [make_batch(2)], 0)
+
+
+def test_an_average_on_the_cpu_is_refused() -> None:
+    trainer = trainer_on(DEVICE)
+    trainer.ema = ModelEMA(network())
+    trainer.ema._sources = list(trainer.model.state_dict().values())[: len(trainer.ema._averages)]
+    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+        trainer.ema.update()
+
+
+@pytest.mark.parametrize("name", sorted(n for n, c in layer_classes().items() if issubclass(c, Gate) and c is not Gate))
+def test_every_gate_trains_on_the_accelerator_as_on_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    ours = layer_classes()[name](32, 32, gain=2.0)
+    theirs, x = copy.deepcopy(ours).to(DEVICE), torch.randn(2, 32, 6, 6)
+    grads = []
+    for gate, values in ((ours, x.clone()), (theirs, x.to(DEVICE))):
+        values.requires_grad_()
+        gate(values).square().sum().backward()
+        grads.append([values.grad, *(p.grad for p in gate.parameters())])
+    for cpu, sim in zip(*grads, strict=True):
+        torch.testing.assert_close(sim.cpu(), cpu, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_waits_for_the_clocks_nms_and_the_results() -> None:
+    model = network().to(DEVICE)
+    simulated.WAITS.clear()
+    result = evaluate(model, [make_batch(2)], EvalOptions(CLASSES, progress=False), compute_loss=ComputeLoss(model))
+    assert result.seen == 2 and all(loss > 0 for loss in result.losses)
+    files = {wait.rpartition(" in ")[2].partition(":")[0] for wait in simulated.WAITS}
+    assert files == {"utils/runtime.py", "utils/nms.py", "utils/engine.py", "utils/loss.py"}
+    assert all("loss.py:__init__" in wait for wait in simulated.WAITS if "loss.py" in wait)
+    clocks = [wait for wait in simulated.WAITS if "utils/runtime.py" in wait]
+    assert clocks == ["synchronize sim:0 in utils/runtime.py:_now"] * 6
