@@ -14,8 +14,8 @@ from torch import nn
 
 from models.yolo import DetectionModel
 from utils.engine import LossMonitor, Trainer, TrainOptions, rescale, to_float
-from utils.optim import ModelEMA, OptimHyp, build_optimizer
-from utils.training import build_trainer
+from utils.optim import EarlyStopping, ModelEMA, OptimHyp, build_optimizer
+from utils.training import build_trainer, restore_, training_state
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 
@@ -73,6 +73,28 @@ def test_the_optimizer_takes_the_loss_scale_itself_on_cuda(name: str) -> None:
         assert optimizer.defaults["fused"] and optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
         assert all(p.device == CUDA for group in optimizer.param_groups for p in group["params"])
     assert cuda.waits == []
+
+
+@pytest.mark.parametrize("name", ["SGD", pytest.param("AdamW", marks=pytest.mark.slow)])
+def test_a_run_begun_on_a_cpu_goes_on_with_the_kernels_of_cuda_and_the_other_way_round(name: str) -> None:
+    """With the CPU's, a gradient that overflowed in half precision would reach the weights."""
+    begun, stopping = trainer_of(network(), name), EarlyStopping(10)
+    for parameter in begun.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    begun.step_()
+    state = training_state(begun, begun.model, stopping)
+    model = network()
+    with fake_cuda() as cuda:
+        trainer = trainer_of(model.to(CUDA), name)
+        restore_(trainer, stopping, state)
+        assert [group["fused"] for group in trainer.optimizer.param_groups] == [True] * 3
+        one_step(trainer)
+        cuda.waits.clear()
+        one_step(trainer)
+        assert cuda.waits == []
+        there = trainer.optimizer.state_dict()["param_groups"]
+    restore_(begun, stopping, {**state, "optimizer": {**state["optimizer"], "param_groups": there}})
+    assert [(group["fused"], group["foreach"]) for group in begun.optimizer.param_groups] == [(None, True)] * 3
 
 
 def test_the_average_is_on_the_networks_device_and_is_updated_without_a_wait() -> None:
