@@ -24,11 +24,14 @@ from test_train import quick, rows_of, same, weights_of
 import detect
 import train
 import val
+from models.checkpoint import load_model
 from models.common import Gate
 from models.graph import layer_classes
+from models.inspect_gates import inspect_gates
 from models.yolo import DetectionModel
 from utils import engine
 from utils.engine import EvalOptions, Trainer, TrainOptions, evaluate, train_one_epoch
+from utils.images import read_image
 from utils.loss import ComputeLoss, scale_gains
 from utils.optim import ModelEMA, OptimHyp, Schedule, build_optimizer
 
@@ -97,7 +100,50 @@ def test_validation_and_detection_on_the_accelerator_find_what_the_cpu_finds(
         np.testing.assert_allclose(found["sim"][2][name], rows, rtol=1e-4, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------- a training step
+@pytest.mark.parametrize("flags", [{"augment": True}, {"save_hybrid": True, "single_cls": True}], ids=str)
+def test_validation_with_other_flags_finds_on_the_accelerator_what_the_cpu_finds(
+    flags: dict[str, Any], runs: dict[str, argparse.Namespace], tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    common = dict(data=str(tiny_dataset.yaml), imgsz=SIZE, workers=0, noplots=True, project=str(tmp_path), **flags)
+    found = [val.run(weights=str(runs["cpu"].best), device=name, **common)[0] for name in ("cpu", "sim")]
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"augment": True, "classes": [1]}, {"visualize": True, "agnostic_nms": True}], ids=str
+)
+def test_detection_with_other_flags_finds_on_the_accelerator_what_the_cpu_finds(
+    flags: dict[str, Any], runs: dict[str, argparse.Namespace], tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    source, weights = str(tiny_dataset.val[0]), [str(runs["cpu"].best)]
+    weights = weights * 2 if "augment" in flags else weights  # an ensemble
+    for name in ("cpu", "sim"):
+        common = dict(
+            weights=weights, source=source, device=name, name=name, project=str(tmp_path), imgsz=SIZE, **flags
+        )
+        detect.run(**common, conf_thres=0.001, save_txt=True, save_crop=True)
+    ours, theirs = (sorted(file.name for file in (tmp_path / name).rglob("*.*")) for name in ("sim", "cpu"))
+    assert ours == theirs and any(name.endswith(".txt") for name in ours)
+
+
+def test_the_predictor_warms_up_on_an_accelerator_and_not_on_a_cpu(runs: dict[str, argparse.Namespace]) -> None:
+    for device, passes in ((CPU, 0), (DEVICE, 1)):
+        model, seen = load_model(runs["cpu"].best, device), []
+        model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        detect._Predictor([model], argparse.Namespace(), device).warm_up((SIZE, SIZE))
+        assert len(seen) == passes
+
+
+def test_gates_are_inspected_on_the_accelerator_as_on_the_cpu(tiny_dataset: TinyDataset) -> None:
+    torch.manual_seed(0)
+    model = DetectionModel({**DetectionModel("yolov5n-se-last.yaml").yaml, "width_multiple": 0.0625})
+    images = [read_image(file) for file in tiny_dataset.val]
+    cpu, sim = (inspect_gates(model.to(device), images, SIZE)[0] for device in (CPU, DEVICE))
+    np.testing.assert_allclose(sim.by_image, cpu.by_image, rtol=1e-4)
+    assert (sim.saturated, sim.distance) == pytest.approx((cpu.saturated, cpu.distance), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- a training step
 
 
 def network() -> DetectionModel:
@@ -163,14 +209,6 @@ def test_a_loss_whose_constants_are_on_the_cpu_is_refused() -> None:
     trainer.compute_loss.balance = trainer.compute_loss.balance.cpu()
     with pytest.raises(RuntimeError, match=r"aten\.mul.*expected all tensors on one device, found sim:0 and cpu"):
         train_one_epoch(trainer, [make_batch(2)], 0)
-
-
-def test_an_average_on_the_cpu_is_refused() -> None:
-    trainer = trainer_on(DEVICE)
-    trainer.ema = ModelEMA(network())
-    trainer.ema._sources = list(trainer.model.state_dict().values())[: len(trainer.ema._averages)]
-    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
-        trainer.ema.update()
 
 
 @pytest.mark.parametrize("name", sorted(n for n, c in layer_classes().items() if issubclass(c, Gate) and c is not Gate))

@@ -2,8 +2,8 @@
 
 Its tensors say that they are on `sim:0`. An operation that meets tensors of the CPU is refused as CUDA refuses it, and
 what makes the host wait is noted in `WAITS` (see fake_cuda.py). Other than fake tensors these have values, and the
-autograd engine knows their device, so that a whole training runs on them. There is no lower precision: `autocast` is off
-as on every accelerator but CUDA.
+autograd engine knows their device, so that a whole training runs on them. There is no lower precision: autocast is off,
+as it is on every accelerator but CUDA.
 
 `register()` changes the process for good, and must come before its first backward pass: the engine counts the devices
 only then. So what uses it runs in a process of its own.

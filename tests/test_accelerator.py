@@ -11,7 +11,9 @@ import torch
 from torch.utils import backend_registration
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="torch knows one accelerator at a time, and here is a real one")
+@pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="torch knows one accelerator at a time, and here is a real one"
+)
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no backends written in Python",

@@ -77,7 +77,7 @@ def test_the_optimizer_takes_the_loss_scale_itself_on_cuda(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", pytest.param("AdamW", marks=pytest.mark.slow)])
 def test_a_run_begun_on_a_cpu_goes_on_with_the_kernels_of_cuda_and_the_other_way_round(name: str) -> None:
-    """With the CPU's, a gradient that overflowed in half precision would reach the weights."""
+    """torch keeps the stored choice of kernels, and the CPU's end with an AssertionError under the loss scale."""
     begun, stopping = trainer_of(network(), name), EarlyStopping(10)
     for parameter in begun.parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -161,3 +161,7 @@ def test_memory_is_what_a_forward_pass_needs_in_between() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_memory_on_cuda_is_what_the_allocator_handed_out() -> None:
     assert image_memory(Spread(100), torch.zeros(1, device="cuda")) == pytest.approx(100, abs=1)
+
+
+def test_memory_of_another_accelerator_is_not_read_off_the_process() -> None:
+    assert image_memory(Spread(1), torch.zeros(1, device="meta")) is None

@@ -219,7 +219,7 @@ def training_state(trainer: Trainer, model: nn.Module, stopping: EarlyStopping) 
 def restore_(trainer: Trainer, stopping: EarlyStopping, state: Mapping[str, Any]) -> None:
     """Set optimizer, averages, loss scale, early stopping and random states; the model has its weights already."""
     stored, groups = state["optimizer"], trainer.optimizer.param_groups
-    # The run may go on where other kernels are right. The loss scale would not reach those of the CPU on CUDA.
+    # The run may go on where other kernels are right: those of the CPU refuse the loss scale of CUDA.
     kernels = [{key: group[key] for key in ("foreach", "fused")} for group in groups]
     merged = [{**old, **new} for old, new in zip(stored["param_groups"], kernels, strict=True)]
     trainer.optimizer.load_state_dict({**stored, "param_groups": merged})
