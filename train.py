@@ -217,7 +217,7 @@ class Training:
         self.hyp = check_hyp(read_hyp(options.hyp), HYP_OWNERS)
         if options.label_smoothing:
             self.hyp["label_smoothing"] = options.label_smoothing
-        init_seeds(options.seed + 1 + rank())
+        init_seeds(options.seed + max(rank(), 0))
         with rank_zero_first():  # what is missing here and cannot be fetched is said before anything is built
             self.weights = find_weights(options.weights) if options.weights and resumed is None else None
             spec = prepare(options.data, task="train")

@@ -94,3 +94,25 @@ def test_synchronised_batch_norms_are_grouped_averaged_and_folded_like_plain_one
     with torch.inference_mode():
         wanted, found = (ModelEMA(model).ema.fuse()(images)[0] for model in (plain, converted))
     assert torch.equal(wanted, found)
+
+
+def test_the_main_process_starts_from_the_seed_of_a_single_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network from nothing is then the same however many processes train it; the others get its weights."""
+
+    class Seeded(Exception):
+        """Ends the run where it is seeded."""
+
+    def note(seed: int, deterministic: bool = True) -> None:
+        raise Seeded(seed)
+
+    monkeypatch.setattr(train, "init_seeds", note)
+    options = train.build_parser().parse_args(["--weights", "", "--cfg", str(micro_network(tmp_path)), "--seed", "7"])
+    seeds = []
+    for rank in ("-1", "0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(Seeded) as caught:
+            train.Training(options, CPU, None)
+        seeds.append(caught.value.args[0])
+    assert seeds == [7, 7, 8]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from detect import _Predictor
-from models.common import Gate
+from models.common import Conv, Gate
 from models.graph import layer_classes
 from models.yolo import DetectionModel, build_model
 from utils.boxes import Letterbox
@@ -86,14 +86,18 @@ def gates() -> list[str]:
 
 @pytest.mark.parametrize("name", gates())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_gate_runs_on_the_device_in_both_modes(name: str, dtype: torch.dtype) -> None:
+def test_every_gate_runs_on_the_device_in_both_modes_and_folded(name: str, dtype: torch.dtype) -> None:
     gate = layer_classes()[name](64, 64, gain=2.0).to(dtype)
     with fake_cuda() as cuda:
         gate.to(CUDA)
         cuda.waits.clear()
-        for mode in (True, False):
-            out = gate.train(mode)(torch.zeros(2, 64, 8, 8, device=CUDA, dtype=dtype))
-            assert out.device == CUDA and out.dtype == dtype
+        maps = torch.zeros(2, 64, 8, 8, device=CUDA, dtype=dtype)
+        found = [gate(maps), gate.eval()(maps)]
+        for part in gate.modules():
+            if isinstance(part, Conv):
+                part.fuse_()
+        found.append(gate(maps))
+        assert devices(found) == {CUDA} and {out.dtype for out in found} == {dtype}
     assert cuda.waits == []
 
 

@@ -13,7 +13,7 @@ from test_fake_cuda import SIZE, devices, images, network, targets
 from torch import nn
 
 from models.yolo import DetectionModel
-from utils.engine import LossMonitor, Trainer, TrainOptions, rescale, to_float
+from utils.engine import ACCELERATOR_LOG_INTERVAL, LossMonitor, Trainer, TrainOptions, rescale, to_float
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, build_optimizer
 from utils.training import build_trainer, restore_, training_state
 
@@ -132,7 +132,7 @@ def test_the_loss_monitor_waits_once_per_interval() -> None:
     with fake_cuda() as cuda:
         monitor = LossMonitor(CUDA)
         items = torch.zeros(3, device=CUDA)
-        for _ in range(monitor.interval - 1):
+        for _ in range(ACCELERATOR_LOG_INTERVAL - 1):
             assert not monitor.add(items, ["a.jpg"], last=False)
         assert cuda.waits == []
         with pytest.raises(RuntimeError, match="numpy"):  # there are no values to read
