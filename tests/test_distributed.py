@@ -96,9 +96,7 @@ def test_synchronised_batch_norms_are_grouped_averaged_and_folded_like_plain_one
     assert torch.equal(wanted, found)
 
 
-def test_the_main_process_starts_from_the_seed_of_a_single_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_main_process_starts_from_the_seed_of_a_single_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network from nothing is then the same however many processes train it; the others get its weights."""
 
     class Seeded(Exception):
