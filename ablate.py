@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import train
 from utils.config import ArgumentParser, UserError, check_minimum, options_from
-from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging, write_texts
+from utils.files import write_texts
+from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch

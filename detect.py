@@ -15,17 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from utils.config import ArgumentParser, UserError, check_minimum, options_from
-from utils.runtime import (
-    LOGGER,
-    ROOT,
-    Stopwatch,
-    fp16_works,
-    make_run_dir,
-    relative,
-    run_script,
-    select_device,
-    setup_logging,
-)
+from utils.files import make_run_dir
+from utils.runtime import LOGGER, ROOT, Stopwatch, fp16_works, relative, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import ArgumentParser, UserError, check_hyp, check_minimum, options_from, read_hyp
+from utils.files import make_run_dir
 from utils.runtime import (
     LOGGER,
     ROOT,
     init_seeds,
-    make_run_dir,
     rank,
     rank_zero_first,
     relative,

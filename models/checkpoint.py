@@ -7,7 +7,6 @@ files hold tensors and plain data only and open with `torch.load(path, weights_o
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import os
@@ -24,6 +23,7 @@ from models.graph import HEADS, layer_classes
 from models.unpickle import Record, StoredTensor
 from models.yolo import DetectionModel, build_model
 from utils.config import UserError, closest, display_path
+from utils.files import replacing
 
 FORMAT = "yolov5-plain"
 VERSION = 1
@@ -391,23 +391,18 @@ def save(path: str | Path, content: Mapping[str, Any]) -> Path:
     path = Path(path)
     stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     checked = _storable({"date": stamp, **content, "format": FORMAT, "version": VERSION}, "checkpoint")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             torch.save(checked, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError when the disk is full
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise UserError(
             f"{display_path(path)}: cannot be written ({reason}); a file already there is unchanged."
             " Free some space or choose another folder with --project."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):  # gone after the replacement; the error above says more
-            partial.unlink()
     return path
 
 

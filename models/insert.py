@@ -58,7 +58,8 @@ from models import graph as graphs
 from models.grammar import literal
 from models.graph import HEADS, SEVERAL, Graph, Row, gates, layer_classes, listed, scaled_channels, wiring
 from utils.config import UserError, closest, display_path
-from utils.runtime import LOGGER, write_texts
+from utils.files import write_texts
+from utils.runtime import LOGGER
 
 WORDS = {"r": "reduction", "k": "kernel"}  # for the constructor's names, in a new row's comment
 OWN_INDEX = re.compile(r"[ \t\],]*?([ \t]*)#[ \t]*(\d+)(?!\w|\.\d)")  # a comment that begins with a number

@@ -48,8 +48,9 @@ from utils.augmentations import letterbox
 from utils.config import UserError, check_minimum
 from utils.downloads import find_weights
 from utils.engine import round_up, to_float
+from utils.files import make_run_dir
 from utils.plots import plot_gates
-from utils.runtime import LOGGER, make_run_dir, relative, select_device
+from utils.runtime import LOGGER, relative, select_device
 from utils.sources import open_source
 
 UNMOVED = 0.001  # a mean distance from neutral below this is training noise: a thousandth of the neutral constant

@@ -17,6 +17,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "values": (
         "utils.boxes",
         "utils.config",
+        "utils.files",
         "utils.runtime",
         "utils.downloads",
         "utils.statistics",

@@ -23,7 +23,8 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from utils.config import UserError
-from utils.runtime import LOGGER, rank, relative, user_cache_dir
+from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.runtime import LOGGER, rank, relative
 
 Image = npt.NDArray[np.uint8]
 Cache = Literal["ram", "disk"]
@@ -228,13 +229,9 @@ class ImageStore:
         file.parent.mkdir(parents=True, exist_ok=True)
         for stale in file.parent.glob("*.npy"):
             stale.unlink(missing_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}-{index}")
-        try:
-            with open(temporary, "wb") as stream:
-                np.save(stream, image)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        remove_leftovers(file.parent)
+        with replacing(file) as stream:
+            np.save(stream, image)
 
     def _for_all(self, work: Callable[[int], None], what: str, indices: Sequence[int] | None = None) -> None:
         todo = range(len(self._paths)) if indices is None else indices

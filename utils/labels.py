@@ -25,7 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.config import DatasetSpec, UserError
-from utils.runtime import LOGGER, rank, relative, user_cache_dir
+from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.runtime import LOGGER, rank, relative
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
 MIN_SIDE = 10  # pixels; smaller images are taken for damaged ones
@@ -409,17 +410,14 @@ class _Table:
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         problem = ""
         for place in places:
-            temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                with open(temporary, "wb") as file:
+                remove_leftovers(place.parent)
+                with replacing(place) as file:
                     np.savez(file, key=np.array(key), **arrays)
-                os.replace(temporary, place)
                 return
             except OSError as error:
                 problem = str(error)
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
         LOGGER.warning(f"The labels could not be cached, they will be read again next time: {problem}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from utils.config import UserError, display_path
-from utils.runtime import write_texts
+from utils.files import write_texts
 
 COLUMNS = (
     "train/box_loss",

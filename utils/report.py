@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from utils.config import UserError, load_dataset
+from utils.files import write_texts
 from utils.labels import image_files
 from utils.report_data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
 from utils.report_html import (
@@ -36,7 +37,6 @@ from utils.report_html import (
     markdown,
     page,
 )
-from utils.runtime import write_texts
 from utils.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
 
 __all__ = ["load", "write"]

@@ -1,25 +1,26 @@
-"""What a run stands on: logging, device, seeds, distributed rank, run folder, caches, timing.
+"""What a run stands on: logging, interruptions, device, seeds, distributed rank, timing.
 
 torch is imported inside the functions that need it, so that `--help` stays fast.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import logging
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config import ROOT, UserError, display_path
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import torch
 
 __all__ = [
@@ -27,21 +28,19 @@ __all__ = [
     "ROOT",
     "Stopwatch",
     "fp16_works",
-    "increment_path",
     "init_seeds",
     "local_rank",
-    "make_run_dir",
     "rank",
     "rank_zero_first",
     "relative",
     "run_script",
     "select_device",
     "setup_logging",
-    "user_cache_dir",
     "world_size",
 ]
 
 LOGGER = logging.getLogger("yolov5")
+GRACE_SECONDS = 10.0  # between the first Ctrl-C and one that no longer waits for an orderly ending
 relative = display_path
 
 
@@ -65,12 +64,14 @@ class _PlainFormatter(logging.Formatter):
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main`: a user's mistake becomes one line and exit code 2, an interruption 130, a bug 1."""
     setup_logging()
+    _interrupt_once()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # unlike a handler it holds until the process is gone
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output (head, less) went away
@@ -82,6 +83,39 @@ def run_script(main: Callable[[], Any]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         print(f"error: {name}{error.strerror}. Free some space, or write elsewhere with --project.", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _interrupt_once() -> None:
+    """Let the first Ctrl-C raise KeyboardInterrupt and those after it nothing, so that they cannot disturb the ending.
+
+    Once the ending has taken GRACE_SECONDS the next one ends the process at once. Where Python cannot raise
+    (destructors, callbacks) the first one does. A process forked from this one ends silently.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as by a shell's `&`, or taken
+        return
+    owner = os.getpid()
+    taken: list[float] = []
+
+    def end() -> NoReturn:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(130)
+        taken.append(time.monotonic())
+        if len(taken) == 1:
+            raise KeyboardInterrupt
+        if taken[-1] - taken[0] > GRACE_SECONDS:
+            end()
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            end()
+        sys.__unraisablehook__(what)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = unraisable
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -113,68 +147,6 @@ def rank_zero_first() -> Iterator[None]:
     yield
     if together and rank() == 0:
         dist.barrier()
-
-
-# -------------------------------------------------------------------------------------------------------------- folders
-
-
-def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
-    """The path itself where it is free (or `exist_ok`), else the first free one of `exp2`, `exp3`, ..."""
-    path = Path(path)
-    if exist_ok or not path.exists():
-        return path
-    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
-    for n in range(2, 10_000):
-        candidate = path.with_name(f"{stem}{n}{suffix}")
-        if not candidate.exists():
-            return candidate
-    raise UserError(f"{path}: 9998 numbered neighbours exist already. Choose another --name.")
-
-
-def make_run_dir(options: argparse.Namespace, inside: str = "") -> Path:
-    """The run folder `project/name`, numbered unless `exist_ok`, made together with a folder inside it.
-
-    Raises:
-        UserError: a file is in the way, or the place may not be written to.
-    """
-    run_dir = increment_path(Path(options.project) / options.name, options.exist_ok)
-    try:
-        (run_dir / inside).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{relative(run_dir)}: cannot be made ({error.strerror}). Choose another --project.") from None
-    return run_dir
-
-
-def write_texts(texts: Mapping[Path, str]) -> None:
-    """Write files, line ends as given, each in one step: all lie on the disk beside their places before any is moved.
-
-    An interruption leaves an old file whole.
-
-    Raises:
-        UserError: a folder that is not there, may not be written to, or a full disk.
-    """
-    partials = {file: file.with_name(f".{file.name}.{os.getpid()}.partial") for file in texts}
-    try:
-        for file, partial in partials.items():
-            partial.write_bytes(texts[file].encode("utf-8"))
-        for file, partial in partials.items():
-            os.replace(partial, file)
-    except OSError as error:
-        raise UserError(f"{relative(file)}: cannot be written ({error.strerror}).") from None
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-
-
-def user_cache_dir() -> Path:
-    """Our folder for what can be made again: `YOLOV5_CACHE_DIR`, else the system's cache folder. Not created here."""
-    if os.environ.get("YOLOV5_CACHE_DIR"):
-        return Path(os.environ["YOLOV5_CACHE_DIR"]).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "yolov5-attention"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "yolov5-attention"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov5-attention"
 
 
 # --------------------------------------------------------------------------------------------------------------- device

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from utils.config import DatasetSpec, UserError, refuse_read_only
-from utils.runtime import LOGGER, user_cache_dir
+from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.runtime import LOGGER
 
 CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
 SPLITS = {"train": 512, "val": 128}  # images per split
@@ -424,6 +425,7 @@ def _draw_files(root: Path) -> None:
     """Draw what is missing below `root`; OSError where it cannot be written, or is marked read-only."""
     refuse_read_only(root)
     missing = _missing(root)
+    remove_leftovers(root, *(root / kind / split for kind in ("images", "labels") for split in SPLITS))
     LOGGER.info(f"Drawing the shapes dataset: {len(missing)} images of {sum(SPLITS.values())} into {root} ...")
 
     def work(job: tuple[str, int]) -> None:
@@ -443,9 +445,5 @@ def _draw_files(root: Path) -> None:
 def _write(file: Path, content: bytes) -> None:
     """Write a file so that it is either absent or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        stream.write(content)

@@ -19,9 +19,10 @@ import numpy as np
 
 from utils.config import UserError, check_hyp, closest, display_path, read_hyp, read_yaml
 from utils.dataloaders import prepare
+from utils.files import write_texts
 from utils.labels import image_files
 from utils.recorder import write_yaml
-from utils.runtime import LOGGER, ROOT, write_texts
+from utils.runtime import LOGGER, ROOT
 from utils.training import HYP_OWNERS
 
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
