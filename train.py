@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import ArgumentParser, UserError, check_hyp, check_minimum, options_from, read_hyp
-from utils.files import make_run_dir
+from utils.files import make_run_dir, remove_leftovers
 from utils.runtime import (
     LOGGER,
     ROOT,
@@ -298,12 +298,16 @@ class Training:
     def _make_save_dir(self) -> Path:
         """The run folder with `weights/`, `hyp.yaml` and `opt.yaml`."""
         from utils.recorder import write_yaml
+        from utils.training import agreed_path
 
         options = self.options
         if self.resumed is not None:
-            return self.resumed.path.resolve().parent.parent
+            save_dir = self.resumed.path.resolve().parent.parent
+            if self.main:
+                remove_leftovers(save_dir, save_dir / "weights")
+            return save_dir
         options.name = (Path(options.cfg).stem or "exp") if options.name == "cfg" else options.name
-        save_dir = make_run_dir(options, "weights") if self.main else Path(options.project) / options.name
+        save_dir = agreed_path(make_run_dir(options, "weights") if self.main else None, self.device)
         options.save_dir = str(save_dir)
         if self.main:
             write_yaml(save_dir / "hyp.yaml", self.hyp)
@@ -321,8 +325,7 @@ class Training:
 
         options = self.options
         self._announce()
-        # a run that was killed after its early stop has nothing left to train
-        for epoch in range(self.start_epoch, options.epochs if not self.stopping.stop else 0):
+        for epoch in self._epochs():
             self.loader.set_epoch(epoch)
             LOGGER.info(f"\n{TRAIN_HEADER}")
             try:
@@ -338,6 +341,10 @@ class Training:
         if self.main:
             self._finish()
         return options
+
+    def _epochs(self) -> range:
+        """Those left to train: none for a run that was killed after its last one, or after its early stop."""
+        return range(self.start_epoch, self.options.epochs if not self.stopping.stop else 0)
 
     def _announce(self) -> None:
         from utils.recorder import Recorder
@@ -357,7 +364,11 @@ class Training:
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
             f"Using {loader.num_workers} loader processes{lower}\n"
             f"Logging results to {relative(self.save_dir)}\n"
-            f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
+            + (
+                f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
+                if self._epochs()
+                else "All epochs done."
+            )
         )
 
     def _plot_batch(self, epoch: int) -> OnTrainBatch | None:
@@ -436,17 +447,14 @@ class Training:
             save(self.save_dir / "weights" / name, content)
 
     def _finish(self) -> None:
-        """Strip the checkpoints, judge the best one, draw."""
+        """Strip best.pt, judge it, draw, and strip last.pt at the very end: until then `--resume` finishes the rest."""
         import torch
 
-        from models.checkpoint import load_model, strip
+        from models.checkpoint import load_model
 
         options, weights, pictures = self.options, self.save_dir / "weights", not self.options.noplots
-        for file in (weights / "best.pt", weights / "last.pt"):  # last.pt last: until then --resume still works
-            if file.exists():
-                strip(file)
-                LOGGER.info(f"Optimizer stripped from {relative(file)}, {file.stat().st_size / 1e6:.1f}MB")
         options.best = weights / "best.pt" if (weights / "best.pt").exists() else weights / "last.pt"
+        self._strip(weights / "best.pt")
         LOGGER.info(f"\nValidating {relative(options.best)}...")
         model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
         result = self._judge(model, pictures=pictures, per_class=len(self.names) > 1)
@@ -460,7 +468,16 @@ class Training:
             names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
             self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], options.epochs - 1)
         self.recorder.close()
+        self._strip(weights / "last.pt")
         LOGGER.info(f"Results saved to {relative(self.save_dir)}")
+
+    def _strip(self, file: Path) -> None:
+        from models.checkpoint import strip
+
+        if not file.exists():
+            return
+        strip(file)
+        LOGGER.info(f"Optimizer stripped from {relative(file)}, {file.stat().st_size / 1e6:.1f}MB")
 
     def _draw_validation(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
         from utils import plots

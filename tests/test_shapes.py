@@ -306,12 +306,11 @@ def test_a_folder_marked_read_only_is_left_alone_whoever_we_are(spec: DatasetSpe
 
 @pytest.mark.usefixtures("few")
 def test_a_full_disk_is_one_message_and_leaves_no_scraps(spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    def full(source: Path, target: Path) -> None:
+        assert source.stat().st_size
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match=r"No space left on device.*Free some space"):
         prepare_shapes(spec)
     monkeypatch.undo()

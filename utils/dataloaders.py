@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import gc
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -358,19 +360,44 @@ class Loader:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self._start():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except UserError:
+            self.close()
+            raise
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            self.close()
+            # torch's words for a worker that is gone; what a worker itself raised begins with "Caught"
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"{self._options.prefix}a loader process was ended from outside, most likely for want of memory."
+                f" Give fewer --workers than {self.num_workers}, or leave out --cache ram; with --workers 0 there are"
+                " no loader processes."
+            ) from None
+
+    def _start(self) -> Iterator[Batch | UserError]:
+        """Torch's iterator, made without its handler of SIGCHLD.
+
+        That would raise the end of a worker wherever the main thread happens to be. The loader itself finds it, too,
+        where it waits for a batch, at most five seconds later.
+        """
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if main_thread and sys.platform != "win32" else None
         with warnings.catch_warnings():
             # Python 3.12+ warns of any fork beside threads; workers use neither torch's nor OpenCV's
             warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
             batches = iter(self._loader)
-        for batch in batches:
-            if isinstance(batch, UserError):
-                del batches
-                self.close()
-                raise batch
-            yield batch
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+        return batches
 
 
 def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which then ends its workers
     cv2.setNumThreads(0)  # as many workers as cores: threads would only get in each other's way
     gc.freeze()  # the collector would otherwise write to, and so copy, every page shared with the parent
 

@@ -56,6 +56,7 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#c6dcf0", "#5b9b
 MAX_NAMED_CURVES = 20  # a legend of more classes cannot be read
 MAX_NAMED_CELLS = 99  # class names on an axis
 MAX_NUMBERED_CELLS = 30  # numbers in the cells
+LARGEST_DRAWN = 1e30  # beyond it, axes overflow
 MAX_CORRELOGRAM = 20_000  # boxes; more make no visible difference
 
 
@@ -298,7 +299,7 @@ def plot_results(csv_file: str | Path) -> Path:
         axes.plot(values[:, 0], y, color=BLUE, marker="." if len(y) < 50 else "", linewidth=1.6, markersize=7)
         if len(y) > 4:
             axes.plot(values[:, 0], _smooth(y), color=RED, linestyle=":", linewidth=1.8)
-        axes.set_title(header[column], color=INK, fontsize=11)
+        axes.set_title(_plain(header[column]), color=INK, fontsize=11)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(color="#e6eaee", linewidth=0.8)
     for axes in panels[5:]:
@@ -314,17 +315,18 @@ def _read_results(csv_file: Path) -> tuple[list[str], np.ndarray]:
     try:
         with csv_file.open(newline="", encoding="utf-8") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except OSError as error:
-        raise UserError(f"{relative(csv_file)}: cannot be read ({error.strerror}).") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{relative(csv_file)}: cannot be read ({error}).") from None
     if len(rows) < 2:
         raise UserError(f"{relative(csv_file)}: holds no epoch yet.")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):
             raise UserError(f"{relative(csv_file)}:{number}: {len(row)} values, but the header names {len(rows[0])}.")
     try:
-        return rows[0], np.array(rows[1:], dtype=float)
+        values = np.array(rows[1:], dtype=float)
     except ValueError as error:
         raise UserError(f"{relative(csv_file)}: {error}.") from None
+    return rows[0], np.where(np.abs(values) < LARGEST_DRAWN, values, np.nan)
 
 
 def _smooth(y: np.ndarray, sigma: float = 3.0) -> np.ndarray:

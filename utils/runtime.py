@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import platform
@@ -48,11 +49,18 @@ def setup_logging() -> None:
     """Show the log on stdout, plain; ranks other than 0 show warnings only. Calling it again changes nothing."""
     if LOGGER.handlers:
         return
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Output(sys.stdout)
     handler.setFormatter(_PlainFormatter())
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO if rank() in (-1, 0) else logging.WARNING)
     LOGGER.propagate = False
+
+
+class _Output(logging.StreamHandler):
+    """A full disk or a reader that went away ends the script, once, in `run_script`."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # the error that is being handled where this is called
 
 
 class _PlainFormatter(logging.Formatter):
@@ -75,14 +83,21 @@ def run_script(main: Callable[[], Any]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output (head, less) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
+        _drop_output()  # it may be what did not fit
         name = f"{error.filename}: " if error.filename else ""
         print(f"error: {name}{error.strerror}. Free some space, or write elsewhere with --project.", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _drop_output() -> None:
+    """Let the flush at the end of the process succeed."""
+    with contextlib.suppress(io.UnsupportedOperation):  # not the process's own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt_once() -> None:

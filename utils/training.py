@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +26,7 @@ from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optim
 from utils.runtime import LOGGER, rank, world_size
 
 HYP_OWNERS: tuple[type, ...] = (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS)  # every hyper-parameter is a field of one
+MAX_PATH = 4096  # bytes, Linux's own limit
 
 
 def is_main() -> bool:
@@ -63,6 +66,19 @@ def agreed(stop: bool, device: torch.device) -> bool:
     flag = torch.tensor([int(stop)], device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
+
+
+def agreed_path(path: Path | None, device: torch.device) -> Path:
+    """The main process's path, on every process; the others give None."""
+    if world_size() == 1:
+        assert path is not None
+        return path
+    name = os.fsencode(path) if path is not None else b""
+    buffer = torch.zeros(MAX_PATH, dtype=torch.uint8)
+    buffer[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8) if name else 0
+    buffer = buffer.to(device)
+    dist.broadcast(buffer, 0)
+    return Path(os.fsdecode(bytes(buffer.tolist()).rstrip(b"\0")))
 
 
 def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Module]:
