@@ -316,7 +316,8 @@ def _read_results(csv_file: Path) -> tuple[list[str], np.ndarray]:
         with csv_file.open(newline="", encoding="utf-8") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{relative(csv_file)}: cannot be read ({error}).") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{relative(csv_file)}: cannot be read ({reason}).") from None
     if len(rows) < 2:
         raise UserError(f"{relative(csv_file)}: holds no epoch yet.")
     for number, row in enumerate(rows[1:], 2):
