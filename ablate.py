@@ -210,10 +210,10 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     from utils.dataloaders import prepare
     from utils.images import read_image
     from utils.labels import image_files
-    from utils.report_data import read_json
+    from utils.report_data import read_arms
 
     file = folder / "arms.json"
-    arms = read_json(file, "Delete it.") if file.exists() else {}
+    arms = read_arms(file)
     first = {cell.arm: cell for cell in reversed(cells) if cell.done}
     if not first:
         return
@@ -391,7 +391,7 @@ def _pool(own: argparse.Namespace, threads: int) -> Executor:
 
 def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
     """Every arm is built and sees one batch; the first mistake ends the ablation before it begins."""
-    from utils.report_data import read_json
+    from utils.report_data import read_arms
 
     found = {}
     for cell, future in [(cell, pool.submit(try_arm, cell)) for cell in cells]:
@@ -405,7 +405,7 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
             raise RuntimeError(f"arm '{cell.arm}' failed on its first batch") from error
         LOGGER.info(f"arm '{cell.arm}': {found[cell.arm]}")
     file = folder / "arms.json"
-    before = read_json(file, "Delete it.") if file.exists() else {}
+    before = read_arms(file)
     for arm, tried in found.items():
         if before.get(arm, tried).get("fingerprint", tried["fingerprint"]) != tried["fingerprint"]:
             raise UserError(

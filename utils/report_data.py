@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import tokenize
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ import torch
 from utils.boxes import box_iou
 from utils.config import UserError, display_path, read_yaml
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision, match
+from utils.recorder import MAX_BYTES
 from utils.statistics import Judged
 
 PRIMARY, SECOND = "mAP50-95", "mAP50"
@@ -26,6 +30,34 @@ METRICS = ("precision", "recall", SECOND, PRIMARY)
 SIZES = ("small", "medium", "large")
 SIZE_EDGES = (32**2, 96**2)  # COCO's, here as areas of boxes in pixels of the original image
 CURVE_COLUMN = "metrics/mAP_0.5"
+MAX_JSON_BYTES = 2**22  # what an arm or a cell is has a few thousand
+MAX_NUMBER = 1e30
+MAX_ARRAY_BYTES = 2**27  # of 300 detections an image, 18,000 images
+MAX_DIRECTORY_BYTES = 2**16
+MAX_PIXEL, MAX_CLASSES = 1e7, 10_000
+ZIP64_LOCATOR = b"PK\6\7"
+ARRAYS: tuple[tuple[str, str, Any, tuple[int, ...]], ...] = (  # of judged.npz: name, kinds, type, shape after (n,)
+    ("detections", "f", np.float32, (6,)),
+    ("detection_image", "iu", np.int64, ()),
+    ("truth", "f", np.float32, (5,)),
+    ("truth_image", "iu", np.int64, ()),
+    ("paths", "U", np.str_, ()),
+)
+# what zipfile and numpy raise for broken files; for text in a header that is no Python, tokenize's and the compiler's
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    SyntaxError,
+    TypeError,
+    MemoryError,
+    RecursionError,
+    tokenize.TokenError,
+)
 AGAIN = "Delete the cell's cell.json and give the ablation's command again: the cell is judged anew."
 
 
@@ -178,9 +210,12 @@ def load(folder: str | Path) -> Ablation:
     """
     folder = Path(folder)
     file = read_yaml(folder / "recipe.yaml")
-    arms, recipe, folds = (file.data.get(key) for key in ("arms", "recipe", "folds"))
-    if not isinstance(arms, dict) or not arms or not isinstance(recipe, dict) or not isinstance(folds, int):
-        raise UserError(f"{file.where()}: expected `arms`, `folds` and `recipe`, as ablate.py writes them.")
+    arms, recipe, folds, planned = (file.data.get(key) for key in ("arms", "recipe", "folds", "seeds"))
+    named = isinstance(arms, dict) and all(isinstance(name, str) for name in arms)
+    if not named or not arms or not all(isinstance(options, dict | None) for options in arms.values()):
+        raise UserError(f"{file.where('arms')}: expected `arms`, and the options of each, as ablate.py writes them.")
+    if not isinstance(recipe, dict) or not isinstance(folds, int) or not _is_seeds(planned):
+        raise UserError(f"{file.where()}: expected `folds`, `recipe` and `seeds`, as ablate.py writes them.")
     cells: dict[str, dict[int, Cell]] = {arm: {} for arm in arms}
     done = sorted(folder.glob("cells/*/seed*/cell.json"))
     for cell_file in done:
@@ -196,16 +231,16 @@ def load(folder: str | Path) -> Ablation:
             raise UserError(f"{place}: other images or labels than of arm '{other.arm}' with the same seed. {AGAIN}")
         cells[cell.arm][cell.seed] = cell
     begun = {path for path in folder.glob("cells/*/seed*") if path.is_dir()} - {path.parent for path in done}
-    costs = read_json(folder / "arms.json", "Delete it.") if (folder / "arms.json").exists() else {}
+    costs = read_arms(folder / "arms.json")
     return Ablation(
         folder=folder,
         arms={arm: dict(options or {}) for arm, options in arms.items()},
         folds=folds,
         recipe=recipe,
-        costs={arm: costs[arm] for arm in arms if isinstance(costs.get(arm), dict)},
+        costs={arm: costs[arm] for arm in arms if arm in costs},
         cells={arm: dict(sorted(of_arm.items())) for arm, of_arm in cells.items()},
         unfinished=tuple(sorted(f"{path.parent.name} {path.name}" for path in begun)),
-        planned=tuple(file.data.get("seeds") or ()),
+        planned=tuple(planned or ()),
     )
 
 
@@ -214,31 +249,87 @@ def _labels_by_image(cell: Cell) -> tuple[list[str], Counter[str]]:
     return sorted(boxes.paths), Counter(boxes.paths[index] for index in boxes.truth_image)
 
 
+def _is_seeds(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(seed, int) for seed in value))
+
+
 def read_json(file: Path, advice: str = AGAIN) -> dict[str, Any]:
     """An object from a JSON file; a UserError that ends in `advice` where it is none."""
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{display_path(file)}: has more than {MAX_JSON_BYTES:,} bytes. {advice}")
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{display_path(file)}: cannot be read ({error}). {advice}") from None
     if not isinstance(data, dict):
         raise UserError(f"{display_path(file)}: expected an object, found a {type(data).__name__}. {advice}")
     return data
 
 
+def read_arms(file: Path) -> dict[str, dict[str, Any]]:
+    """What `arms.json` says of each arm, see `utils.report`'s COSTS; nothing where there is no such file.
+
+    Raises:
+        UserError: what cannot be read, or not what `ablate.py` writes.
+    """
+    advice = "Delete it: it is made anew."
+    if not file.exists():
+        return {}
+    arms = read_json(file, advice)
+    for arm, costs in arms.items():
+        wrong = _wrong_cost(costs) if isinstance(costs, dict) else "the whole entry"
+        if wrong:
+            raise UserError(f"{display_path(file)}: arm {arm[:60]!r}: not as ablate.py writes it: {wrong}. {advice}")
+    return arms
+
+
+def _wrong_cost(costs: Mapping[str, Any]) -> str:
+    """The key of a value that is not of its kind, or nothing."""
+    texts = {"fingerprint", "tensors", "gates_picture"}
+    for key, value in costs.items():
+        if key == "gates":
+            rows: list[Any] = value if isinstance(value, list) and value else [None]
+            right = all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+            right = right and all(isinstance(cell, str) for row in rows for cell in row)
+        elif key in texts:
+            right = isinstance(value, str) and len(value.encode("utf-8", "replace")) < 256 and "\0" not in value
+        else:
+            right = value is None or _is_number(value)
+        if not right:
+            return key[:60]
+    return ""
+
+
+def _is_number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> bool:
+    """Whether a value of a JSON file is a number within bounds; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _score(value: Any) -> float:
+    if not _is_number(value, 0.0, 1.0):
+        raise ValueError(f"expected a score of 0 to 1, found {value!r:.40}")
+    return float(value)
+
+
 def _read_cell(file: Path) -> Cell:
     data = read_json(file)
     curve, boxes = _read_curve(file.with_name("results.csv")), _read_boxes(file.with_name("judged.npz"))
     try:
+        arm, seed, seconds = data["arm"], data["seed"], data["seconds"]
+        if not isinstance(arm, str) or not isinstance(seed, int) or not (seconds is None or _is_number(seconds, 0.0)):
+            raise ValueError(f"its arm, seed and seconds are {arm!r:.40}, {seed!r:.40} and {seconds!r:.40}")
         cell = Cell(
-            arm=str(data["arm"]),
-            seed=int(data["seed"]),
-            seconds=math.nan if data["seconds"] is None else float(data["seconds"]),
-            scores={name: float(data[name]) for name in METRICS},
-            per_class={str(name): float(value) for name, value in data["per_class"].items()},
+            arm=arm,
+            seed=seed,
+            seconds=math.nan if seconds is None else float(seconds),
+            scores={name: _score(data[name]) for name in METRICS},
+            per_class={name: _score(value) for name, value in data["per_class"].items()},
             curve=curve,
             boxes=boxes,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{display_path(file)}: not as ablate.py writes it: {what}. {AGAIN}") from None
     if len(boxes.classes) != len(cell.per_class):
@@ -249,28 +340,78 @@ def _read_cell(file: Path) -> Cell:
 
 def _read_curve(file: Path) -> np.ndarray:
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
         with file.open(encoding="utf-8", newline="") as lines:
             header, *rows = csv.reader(lines)
         column = [name.strip() for name in header].index(CURVE_COLUMN)
-        return np.array([float(row[column]) for row in rows if row])
+        curve = np.array([float(row[column]) for row in rows if row])
+        if not len(curve) or not ((curve >= 0) & (curve <= 1) | np.isnan(curve)).all():
+            raise ValueError("expected rows with a score of 0 to 1")
     except (OSError, ValueError, IndexError, csv.Error) as error:
         problem = f"cannot be read as a table with a column '{CURVE_COLUMN}' ({error})"
         raise UserError(f"{display_path(file)}: {problem}. Delete the cell's folder to have it trained anew.") from None
+    return curve
+
+
+# ---------------------------------------------------------------------------------------------------------- judged.npz
 
 
 def _read_boxes(file: Path) -> Boxes:
     try:
-        with np.load(file) as arrays:
-            detections, image = arrays["detections"].astype(np.float32), arrays["detection_image"].astype(int)
-            truth, truth_image = arrays["truth"].astype(np.float32), arrays["truth_image"].astype(int)
-            paths = arrays["paths"].astype(str).tolist()
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        _check_directory(file)
+        with ZipFile(file) as archive:
+            detections, image, truth, truth_image, names = (_read_array(archive, *array) for array in ARRAYS)
+    except UNREADABLE as error:
         raise UserError(f"{display_path(file)}: cannot be read ({error}). {AGAIN}") from None
+    paths = names.tolist()
     numbers = np.concatenate((image, truth_image, [0]))
-    shapes = (detections.shape, truth.shape, truth_image.shape, image.shape)
-    fits = shapes == ((len(image), 6), (len(truth), 5), (len(truth),), (len(image),))
+    fits = len(detections) == len(image) and len(truth) == len(truth_image)
     if not fits or not 0 <= numbers.min() <= numbers.max() <= max(len(paths) - 1, 0) or len(set(paths)) < len(paths):
-        expected = "(n, 6) detections, (t, 5) truth, and the image of each, one of `paths`"
-        raise UserError(f"{display_path(file)}: expected {expected}; found {shapes} and {len(paths)} paths. {AGAIN}")
-    order = np.lexsort((-detections[:, 4], image))
+        counts = f"{len(detections)} and {len(image)}, {len(truth)} and {len(truth_image)}, {len(paths)}"
+        expected = "of each detection and each label the image, and different paths"
+        raise UserError(f"{display_path(file)}: expected {expected}; found {counts}. {AGAIN}")
+    confidence, classes = detections[:, 4], np.concatenate((detections[:, 5], truth[:, 0]))
+    pixels = np.abs(np.concatenate((detections[:, :4], truth[:, 1:])))
+    sane = ((confidence >= 0) & (confidence <= 1)).all() and (pixels < MAX_PIXEL).all()
+    if not sane or not ((classes >= 0) & (classes < MAX_CLASSES) & (classes % 1 == 0)).all():
+        expected = f"boxes in pixels, confidences of 0 to 1, and classes below {MAX_CLASSES:,}"
+        raise UserError(f"{display_path(file)}: expected {expected}. {AGAIN}")
+    order = np.lexsort((-confidence, image))
     return Boxes(paths, detections[order], image[order], truth, truth_image)
+
+
+def _check_directory(file: Path) -> None:
+    """Refuse a zip whose list of entries alone would fill the memory; numpy writes one of five, without a comment."""
+    with file.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(stream.tell() - len(ZIP64_LOCATOR) - 38, 0))
+        end = stream.read()
+    signature, size = end[-22:-18], int.from_bytes(end[-10:-6], "little")
+    if signature != b"PK\5\6" or end.startswith(ZIP64_LOCATOR) or size > MAX_DIRECTORY_BYTES:
+        raise ValueError("no zip as numpy writes it")
+
+
+def _read_array(archive: ZipFile, name: str, kinds: str, dtype: Any, row: tuple[int, ...]) -> np.ndarray:
+    """An array of an archive as `dtype`, if it is of one of `kinds`; its size is looked at before it is read."""
+    entry = archive.getinfo(f"{name}.npy")
+    if (
+        entry.file_size > MAX_ARRAY_BYTES
+        or entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED)
+        or entry.flag_bits & 1
+    ):
+        raise ValueError(f"{name} is encrypted, packed by another method, or has more than {MAX_ARRAY_BYTES:,} bytes")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"{name} has version {version} of numpy's format, expected (1, 0)")
+        shape, _, stored = np.lib.format.read_array_header_1_0(stream)
+        if (
+            stored.kind not in kinds
+            or shape[:1] + row != shape
+            or not shape
+            or math.prod(shape) * max(stored.itemsize, 1) > entry.file_size
+        ):
+            raise ValueError(f"{name} is {stored} of shape {shape}")
+    with archive.open(entry) as stream:
+        return np.lib.format.read_array(stream).astype(dtype, copy=False)
