@@ -87,7 +87,9 @@ def test_a_finished_cell_without_its_files_is_named(tmp_path: Path, missing: str
 def test_judged_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = ablation_in(tmp_path, SIX)
     write_cell(folder, "se", 3, 0.3, {**PERFECT, **change})
-    with pytest.raises(UserError, match=r"seed3.judged\.npz: (expected|cannot be read \(detections is float32 of shape \(2, 5\))"):
+    with pytest.raises(
+        UserError, match=r"seed3.judged\.npz: (expected|cannot be read \(detections is float32 of shape \(2, 5\))"
+    ):
         load(folder)
 
 

@@ -1,11 +1,14 @@
-"""Device choice, seeds, run folders, exit codes."""
+"""Device choice, seeds, interruptions, exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import errno
+import os
 import random
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,34 +17,16 @@ import pytest
 import torch
 
 from utils.config import UserError
-from utils.runtime import Stopwatch, increment_path, init_seeds, make_run_dir, run_script, select_device, user_cache_dir
+from utils.runtime import ROOT, Stopwatch, init_seeds, run_script, select_device
 
 
-def test_run_folders_are_numbered(tmp_path: Path) -> None:
-    path = tmp_path / "exp"
-    assert increment_path(path) == path
-    path.mkdir()
-    assert increment_path(path) == tmp_path / "exp2"
-    (tmp_path / "exp2").mkdir()
-    assert increment_path(path) == tmp_path / "exp3"
-    assert increment_path(path, exist_ok=True) == path
-
-
-def test_a_numbered_file_keeps_its_suffix(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"x")
-    assert increment_path(tmp_path / "a.jpg") == tmp_path / "a2.jpg"
-
-
-def test_a_run_folder_with_a_dot_in_its_name_keeps_it(tmp_path: Path) -> None:
-    (tmp_path / "v1.5").mkdir()
-    assert increment_path(tmp_path / "v1.5") == tmp_path / "v1.52"
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    options = argparse.Namespace(project=str(tmp_path / "file"), name="exp", exist_ok=False)
-    with pytest.raises(UserError, match=r"file/exp: cannot be made \(Not a directory\)\. Choose another --project"):
-        make_run_dir(options)
+@pytest.fixture(autouse=True)
+def own_interrupts() -> Iterator[None]:
+    """`run_script` sets them for the rest of its process."""
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    yield
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = hook
 
 
 def raising(error: BaseException) -> Callable[[], NoReturn]:
@@ -68,6 +53,25 @@ def test_a_users_mistake_is_one_line(
     stderr = capsys.readouterr().err
     assert text in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("sink", "code", "said"), [("/dev/full", 2, "No space left on device"), (None, 1, "")])
+def test_output_that_cannot_be_written_ends_the_script_without_a_traceback(
+    sink: str | None, code: int, said: str
+) -> None:
+    """A full disk below `> log.txt`, and a reader such as `head` that went away."""
+    if sink and not Path(sink).exists():
+        pytest.skip("this system has no /dev/full")
+    script = (
+        "from utils.runtime import LOGGER, run_script\nrun_script(lambda: [LOGGER.info('a line') for _ in range(9)])"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(sink, "w") if sink else os.fdopen(writer, "w") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == code and done.stderr.count("\n") == bool(said) and said in done.stderr
 
 
 def test_our_own_mistake_keeps_its_traceback() -> None:
@@ -113,11 +117,6 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(1))
 
     assert draw() == draw()
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("YOLOV5_CACHE_DIR", str(tmp_path))
-    assert user_cache_dir() == tmp_path
 
 
 def test_a_stopwatch_waits_for_its_own_device_and_not_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

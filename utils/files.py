@@ -122,9 +122,9 @@ def make_run_dir(options: argparse.Namespace, inside: str = "") -> Path:
             run_dir = _make_numbered(wanted)
         (run_dir / inside).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or no name
-        reason = getattr(error, "strerror", None) or str(error)
+        reason, place = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None) or run_dir
         raise UserError(
-            f"{display_path(run_dir)}: cannot be made ({reason}). Choose another --project or --name."
+            f"{display_path(place)}: cannot be made ({reason}). Choose another --project or --name."
         ) from None
     remove_leftovers(run_dir, run_dir / inside)
     return run_dir

@@ -60,7 +60,9 @@ class _Output(logging.StreamHandler):
     """A full disk or a reader that went away ends the script, once, in `run_script`."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise  # the error that is being handled where this is called
+        if isinstance(sys.exc_info()[1], OSError):
+            raise  # the error that is being handled where this is called
+        super().handleError(record)
 
 
 class _PlainFormatter(logging.Formatter):
