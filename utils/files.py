@@ -50,14 +50,14 @@ def _open_partial(file: Path) -> tuple[Path, IO[bytes]]:
             stream = partial.open("xb")
         except FileExistsError:
             continue
-        _lock(stream)
+        _lock(stream, wait=True)
         if partial.exists():  # else it was taken for a leftover before it was locked
             return partial, stream
         stream.close()
 
 
-def _lock(stream: IO[bytes]) -> bool:
-    """Whether the file is now locked until it is closed; no where another process has it, or nothing can be locked.
+def _lock(stream: IO[bytes], *, wait: bool = False) -> bool:
+    """Whether the file is now locked until it is closed; not where another has locked it, or nothing can be locked.
 
     Windows has no such locks, and needs none here: an open file cannot be removed there.
     """
@@ -66,7 +66,7 @@ def _lock(stream: IO[bytes]) -> bool:
     import fcntl
 
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
