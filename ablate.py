@@ -23,9 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,12 +203,15 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
 
 def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     """Add to `arms.json` what each arm costs to run, and what its gates do on the held-out images of its first seed."""
+    import torch
+
     from models.absorb import gates_in
     from models.inspect_gates import HEADER, draw, inspect_gates
     from models.measure import gflops, latencies
     from utils.dataloaders import prepare
     from utils.images import read_image
     from utils.labels import image_files
+    from utils.pools import LocalPool
     from utils.report_data import read_arms
 
     file = folder / "arms.json"
@@ -224,7 +226,7 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
         stride, size = max(int(model.stride.max()), 32), image.shape[-1]
         costs = arms.setdefault(arm, {})
         costs.update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        with LocalPool(1, torch.get_num_threads(), []) as fresh:
             costs["memory_mb"] = fresh.submit(memory_of, first[arm]).result()
         if gates_in(model):
             paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]

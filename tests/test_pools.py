@@ -89,6 +89,35 @@ def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes to interrupt")
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.3, 1.0])
+def test_processes_that_are_just_starting_say_nothing_when_interrupted(after: float, tmp_path: Path) -> None:
+    script = tmp_path / "starting.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.pools import LocalPool\n"
+        "from utils.runtime import run_script\n"
+        "def main():\n"
+        "    with LocalPool(2, 1, []) as pool:\n"
+        "        futures = [pool.submit(time.sleep, 600) for _ in range(4)]\n"
+        "        print('submitted', flush=True)\n"
+        "        futures[0].result()\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    run_script(main)\n",
+        encoding="utf-8",
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    with subprocess.Popen([sys.executable, str(script)], **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "submitted\n"
+        time.sleep(after)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
 def test_ray_gives_cell_for_cell_what_processes_give(
     own_tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

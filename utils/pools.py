@@ -42,6 +42,19 @@ class LocalPool(ProcessPoolExecutor):
         reader, self._lifeline = context.Pipe(duplex=False)
         super().__init__(jobs, context, _start_process, (threads, shares, reader))
 
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """A future of `work(*args, **kwargs)`. The process that may be started for it never hears Ctrl-C.
+
+        What is blocked here is blocked in a new process, too; here it comes a moment later.
+        """
+        if sys.platform == "win32":
+            return super().submit(work, *args, **kwargs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(work, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
         if kind is not None and not issubclass(kind, Exception):  # Ctrl-C; after a mistake there is time to end well
             self._lifeline.close()

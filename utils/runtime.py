@@ -81,7 +81,6 @@ def run_script(main: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # unlike a handler it holds until the process is gone
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output (head, less) went away
@@ -94,6 +93,8 @@ def run_script(main: Callable[[], Any]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         print(f"error: {name}{error.strerror}. Free some space, or write elsewhere with --project.", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # unlike a handler it holds while Python shuts down
 
 
 def _drop_output() -> None:
