@@ -365,13 +365,9 @@ class Loader:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except UserError:
+        except (UserError, RuntimeError, ConnectionError, EOFError) as error:
             self.close()
-            raise
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            self.close()
-            # torch's words for a worker that is gone; what a worker itself raised begins with "Caught"
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            if not self.num_workers or not _tells_of_lost_worker(error):
                 raise
             raise UserError(
                 f"{self._options.prefix}a loader process was ended from outside, most likely for want of memory."
@@ -394,6 +390,13 @@ class Loader:
         if before is not None:
             signal.signal(signal.SIGCHLD, before)
         return batches
+
+
+def _tells_of_lost_worker(error: Exception) -> bool:
+    """Whether it is torch's word for a worker that is gone, or a connection to one that broke, and not what one raised."""
+    if isinstance(error, ConnectionError | EOFError):
+        return not str(error).startswith("Caught")
+    return str(error).startswith("DataLoader worker (pid")
 
 
 def _start_worker(worker: int) -> None:
