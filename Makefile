@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast exact check format types ci clean
+.PHONY: help demo test fast exact fuzz faults check format types ci clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,12 @@ fast: $(READY) ## run the tests that take seconds
 
 exact: $(READY) ## every gate at every place of every network, bit for bit (an hour)
 	EXACT=all $(PY) -m pytest tests/test_exact.py -s
+
+fuzz: $(READY) ## attack every reader of files, for SECONDS=1200 in all
+	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),1200)
+
+faults: $(READY) ## kill trainings KILLS=50 times; all must end like an undisturbed one
+	$(PY) -m tests.faults --kills $(or $(KILLS),50)
 
 check: $(READY) ## what to run before every commit: format, lint, types, fast tests
 	$(VENV)/bin/ruff format --check .

@@ -184,6 +184,7 @@ def loader_of(dataset: TinyDataset) -> Loader:
     return build_loader(spec, spec.split("train"), options)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signal")
 def test_after_a_loader_process_was_killed_new_ones_are_started(own_tiny_dataset: TinyDataset) -> None:
     loader = loader_of(own_tiny_dataset)
@@ -199,6 +200,7 @@ def test_after_a_loader_process_was_killed_new_ones_are_started(own_tiny_dataset
     loader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError, ConnectionError])
 def test_a_mistake_of_ours_in_a_loader_process_keeps_its_traceback(
     own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch, error: type[Exception]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -239,6 +239,40 @@ def test_the_number_of_workers_may_change_on_resuming_to_the_default_too(
     assert train._resumed(options, {"resume": last})[0].workers == read(last).opt["workers"] == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "plots"),
+    [
+        ("models.checkpoint.load_model", False),  # after best.pt was stripped
+        pytest.param("utils.plots.plot_results", True, marks=pytest.mark.slow),
+        ("utils.recorder.Recorder.close", False),  # before last.pt is
+    ],
+)
+def test_a_run_killed_in_its_ending_is_finished_by_resume(
+    finished: argparse.Namespace,
+    tiny_dataset: TinyDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    plots: bool,
+) -> None:
+    def killed(*arguments: object, **options: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, killed)
+        quick(tmp_path, tiny_dataset, noplots=not plots)
+    save_dir = tmp_path / "runs/exp"
+    scrap = save_dir / "weights/.last.pt.01234567.partial"
+    scrap.write_bytes(b"half")
+    resumed = train.run(resume=str(save_dir / "weights/last.pt"))
+    assert resumed.results == finished.results and resumed.best == save_dir / "weights/best.pt"
+    assert rows_of(save_dir) == rows_of(finished.save_dir)
+    for name in ("best.pt", "last.pt"):
+        assert same(weights_of(finished.save_dir / "weights" / name), weights_of(save_dir / "weights" / name))
+        assert read(save_dir / "weights" / name).training is None
+    assert not scrap.exists() and (save_dir / "results.png").exists() == plots
+
+
 def test_a_finished_or_foreign_file_is_not_resumed(finished: argparse.Namespace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"last\.pt: a finished run.*--weights"):
         train.run(resume=str(finished.save_dir / "weights/last.pt"))
@@ -307,6 +341,29 @@ def test_two_processes_train_together(own_tiny_dataset: TinyDataset, tmp_path: P
     rows = rows_of(tmp_path / "runs/exp")
     assert [row["epoch"] for row in rows] == [0, 1] and rows[1]["train/box_loss"] > 0
     assert load_model(tmp_path / "runs/exp/weights/best.pt").names[1] == "disc"
+
+
+@pytest.mark.slow
+def test_all_processes_learn_the_run_folder_that_the_first_one_made(tmp_path: Path) -> None:
+    """It may be another than the one asked for: that may have been taken a moment ago."""
+    script = tmp_path / "agree.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from utils.training import agreed_path, is_main, process_group\n"
+        "device = torch.device('cpu')\n"
+        "with process_group(device, 2):\n"
+        "    path = agreed_path(Path('runs/exp7/é') if is_main() else None, device)\n"
+        "Path(sys.argv[0]).with_name(f'{is_main()}.txt').write_text(str(path), encoding='utf-8')\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29534"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run([*command, str(script)], env=environment, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    agreed = {file.stem: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.txt")}
+    assert agreed == dict.fromkeys(("True", "False"), "runs/exp7/é")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

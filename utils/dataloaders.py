@@ -393,7 +393,7 @@ class Loader:
 
 
 def _tells_of_lost_worker(error: Exception) -> bool:
-    """Whether it is torch's word for a worker that is gone, or a connection to one that broke, and not what one raised."""
+    """Whether torch says that a worker is gone, or a connection to one broke; no for what a worker raised."""
     if isinstance(error, ConnectionError | EOFError):
         return not str(error).startswith("Caught")
     return str(error).startswith("DataLoader worker (pid")
