@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from models.checkpoint import read
 from tests.faults.training import arguments, differences, outcome, prepare, start
 from utils.files import PARTIAL
 
@@ -104,7 +105,10 @@ def _disturbed(
             return ""
         if attempt == most or process.exitcode > 0:
             return f"attempt {attempt} ended with {process.exitcode}: {_text(log, begun)[-2000:]}"
-        tally.phases[_phase(_text(log, begun), place / "run")] += 1
+        over = last.exists() and read(last).training is None
+        tally.phases["after the end" if over else _phase(_text(log, begun), place / "run")] += 1
+        if over:  # what remained was to say so
+            return ""
     return "it never ended"
 
 
