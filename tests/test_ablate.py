@@ -220,6 +220,45 @@ def test_flags_that_would_be_dropped_are_refused(words: str, message: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("project", "name", "message"),
+    [
+        (".", "file", r"file: cannot be made \(File exists\)\. Change --project or --name"),
+        ("file", "exp", r"file.*: cannot be made"),
+        (".", "n" * 300, r"cannot be made \(File name too long\)"),
+        ("p" * 300, "exp", r"cannot be made \(File name too long\)"),
+        (".", "folder", r"\.lock: cannot be made \(Is a directory\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(in_tmp: Path, project: str, name: str, message: str) -> None:
+    (in_tmp / "file").write_text("in the way")
+    (in_tmp / "folder" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        ablate.main(["--cfg", "yolov5n.yaml", "yolov5s.yaml", "--project", project, "--name", name])
+
+
+def test_splits_that_cannot_be_read_are_one_line(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
+    (tmp_path / "splits").write_text("in the way")
+    with pytest.raises(UserError, match=r"seed0-train\.txt: cannot be read or made .*Move the folder away"):
+        write_splits(str(own_tiny_dataset.yaml), [0], 4, tmp_path / "splits", insist=False)
+    other = tmp_path / "other"
+    (other).mkdir()
+    (other / "seed0-train.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"seed0-train\.txt: the training images are not those"):
+        write_splits(str(own_tiny_dataset.yaml), [0], 4, other, insist=False)
+
+
+def test_more_seeds_than_anybody_trains_are_refused() -> None:
+    for words in (["1" + "0" * 15], [",".join(map(str, range(10_001)))]):
+        with pytest.raises(UserError, match=r"--seeds .{1,40}: expected at most 10,000"):
+            seeds_of(words)
+
+
+def test_an_arm_whose_name_is_too_long_for_a_folder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the arm 'a{40}\.\.\.' has too long a name"):
+        arms(arm=("a" * 300 + ":gate=gain", "b:gate=absorbed"))
+
+
 def test_flags_of_train_are_not_taken_for_longer_ones_of_ablate() -> None:
     own, rest = ablate.build_parser().parse_known_args(["--device", "cpu", "--seed", "5"])
     assert own.devices == "" and own.seeds == ["3"] and rest == ["--device", "cpu", "--seed", "5"]

@@ -94,7 +94,7 @@ def write_texts(texts: Mapping[Path, str]) -> None:
         with contextlib.ExitStack() as stack:
             for file, text in texts.items():
                 stream = stack.enter_context(replacing(file))
-                stream.write(text.encode("utf-8"))
+                stream.write(text.encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
                 stream.flush()
                 os.fsync(stream.fileno())
     except OSError as error:

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from utils.config import UserError, check_hyp, closest, display_path, read_hyp, read_yaml
 from utils.dataloaders import prepare
-from utils.files import write_texts
+from utils.files import remove_leftovers, write_texts
 from utils.labels import image_files
 from utils.recorder import write_yaml
 from utils.runtime import LOGGER, ROOT
@@ -29,6 +29,8 @@ PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
 SHARED = ("data", "single_cls")  # must be the same for all: arms are judged on the same images and classes
 MOVE_AWAY = "Move the folder away, or give --name a new name."
+MAX_SEEDS = 10_000
+MAX_NAME_BYTES = 200  # of an arm's folder; file systems take 255 for a name, and pictures are named after it, too
 RESULT = "cell.json"  # written last: a cell that has it is done
 
 
@@ -82,6 +84,8 @@ def arms_of(cfgs: Sequence[str], specs: Sequence[str], parser: argparse.Argument
             raise UserError(f"two arms are called '{arm.name}'. Give each a name of its own.")
         if not arm.folder.strip("."):
             raise UserError(f"an arm cannot be called '{arm.name}': its name is a folder's. Use letters or digits.")
+        if len(os.fsencode(arm.folder)) > MAX_NAME_BYTES:
+            raise UserError(f"the arm '{arm.name[:40]}...' has too long a name for its folder. Use --arm NAME:...")
     return arms
 
 
@@ -132,7 +136,9 @@ def seeds_of(words: Sequence[str]) -> list[int]:
     except ValueError:
         raise UserError(f"--seeds {' '.join(words)}: expected whole numbers: how many seeds, or which.") from None
     if len(numbers) == 1 and "," not in str(words[0]):
-        numbers = list(range(numbers[0]))
+        numbers = list(range(min(numbers[0], MAX_SEEDS + 1)))
+    if len(numbers) > MAX_SEEDS:
+        raise UserError(f"--seeds {' '.join(words)[:40]}: expected at most {MAX_SEEDS:,} of them.")
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise UserError(f"--seeds {' '.join(words)}: expected at least one, none below 0 and none twice.")
     return numbers
@@ -205,10 +211,14 @@ def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, i
 
 def _write_once(file: Path, text: str) -> None:
     """A split that changed would move images that cells have trained on among those that they are judged on."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.read_bytes() if file.exists() else None
+    except OSError as error:
+        raise UserError(f"{display_path(file)}: cannot be read or made ({error.strerror}). {MOVE_AWAY}") from None
+    if there is None:
         write_texts({file: text})
-    elif file.read_text(encoding="utf-8") != text:
+    elif there != text.encode("utf-8", "surrogateescape"):
         raise UserError(
             f"{display_path(file)}: the training images are not those this ablation was begun with. Put them back, or"
             " give --name a new name."
@@ -258,22 +268,27 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Refuse a second ablation in a folder while the first one works there; both would write the same cells."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{display_path(folder)}: cannot be made ({error.strerror}). Change --project.") from None
-    if sys.platform == "win32":  # has no such lock
+        lock = open(folder / ".lock", "w", encoding="ascii")  # noqa: SIM115 - closed below
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason, place = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None) or folder
+        raise UserError(f"{display_path(place)}: cannot be made ({reason}). Change --project or --name.") from None
+    with lock:
+        if sys.platform != "win32":  # which has no such lock
+            _lock_or_refuse(lock, folder)
+        remove_leftovers(folder, folder / "splits")
         yield
-        return
+
+
+def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
     import fcntl
 
-    with open(folder / ".lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it, however we end
-        except BlockingIOError:
-            where = display_path(folder)
-            raise UserError(f"{where}: another ablate.py works in this folder. Give --name a new name.") from None
-        except OSError as error:
-            LOGGER.warning(f"{display_path(folder)}: no locks there ({error.strerror}): start one ablation only.")
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it, however we end
+    except BlockingIOError:
+        where = display_path(folder)
+        raise UserError(f"{where}: another ablate.py works in this folder. Give --name a new name.") from None
+    except OSError as error:
+        LOGGER.warning(f"{display_path(folder)}: no locks there ({error.strerror}): start one ablation only.")
 
 
 def planned_of(folder: Path, seeds: Sequence[int]) -> list[int]:
