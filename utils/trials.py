@@ -249,10 +249,17 @@ def check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     file = folder / "recipe.yaml"
     if not file.exists():
         return
-    both = plain_recipe(dict(read_yaml(file).data)), plain_recipe(recipe)
+    written = read_yaml(file).data
+    try:
+        both = plain_recipe(dict(written)), plain_recipe(recipe)
+    except TypeError:  # dates and the like, which YAML has and JSON has not
+        raise UserError(f"{display_path(file)}: not as ablate.py writes it. {MOVE_AWAY}") from None
     for values in both:
         values.pop("seeds", None)
-        values["order of arms"] = ", ".join(values.get("arms", ()))  # the first is the baseline
+        arms = values.get("arms")
+        values["order of arms"] = (
+            ", ".join(arms) if isinstance(arms, dict) else "unreadable"
+        )  # the first is the baseline
     old, new = map(_flat, both)
     keys = [key for key in {**old, **new} if old.get(key, "not set") != new.get(key, "not set")]
     if keys:

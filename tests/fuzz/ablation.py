@@ -13,7 +13,9 @@ import numpy as np
 from tests.fuzz.damage import WORDS, damage_bytes, damage_text
 from tests.fuzz.harness import Target
 from tests.test_report import PERFECT, ablation_in
+from utils.recorder import write_yaml
 from utils.report_data import load
+from utils.trials import check_recipe, planned_of, threads_of
 
 GATES = {"gates": [["row", "gate"], ["10", "SE"]], "gates_picture": "gates-se.png", "gflops": 4.2, "tensors": "1/1"}
 REPLACEMENTS: tuple[Any, ...] = (
@@ -123,7 +125,28 @@ def report(rng: np.random.Generator, folder: Path) -> object:
     return write(ablation, folder, command="x", environment={}, resamples=2)  # type: ignore[arg-type]
 
 
+def go_on(rng: np.random.Generator, folder: Path) -> object:
+    """A damaged recipe, met by the command that goes on with an ablation."""
+    recipe = {
+        "seeds": [0, 1],
+        "arms": {"a": {"gate": "gain"}, "b": {}},
+        "folds": 4,
+        "threads": 1,
+        "recipe": {"data": "x"},
+    }
+    write_yaml(folder / "recipe.yaml", recipe)
+    file = folder / "recipe.yaml"
+    if rng.random() < 0.5:
+        file.write_bytes(damage_text(rng, file.read_text(encoding="utf-8")).encode("utf-8", "surrogatepass"))
+    else:
+        changed = _replaced(rng, recipe)
+        write_yaml(file, changed if isinstance(changed, dict) else {"arms": changed})
+    check_recipe(folder, recipe)
+    return planned_of(folder, [0]), threads_of(folder, 1)
+
+
 TARGETS = (
     Target("ablation", read),
     Target("report", report),
+    Target("recipe", go_on),
 )
