@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import html
+import json
+import math
 import re
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +121,175 @@ def test_cells_of_unknown_arms_and_doubles_are_refused(tmp_path: Path) -> None:
     write_cell(folder, "se", 0, 0.3)
     with pytest.raises(UserError, match="'se' seed 0 is there twice"):
         load(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ made to hurt
+
+LAST = "cells/se/seed3"
+GOOD = {"arm": "se", "seed": 3, "seconds": 1.0, "precision": 0.5, "recall": 0.5, "mAP50": 0.5, "mAP50-95": 0.3}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        '"' + "a" * 2**22 + '"',
+        '{"seed": ' + "9" * 5000 + "}",
+        *(
+            json.dumps({**GOOD, "per_class": {"cat": 0.3, "dog": 0.5}, key: value})
+            for key, value in (
+                ("precision", math.nan),
+                ("recall", math.inf),
+                ("mAP50", True),
+                ("mAP50", "0.5"),
+                ("mAP50-95", 1.5),
+                ("mAP50-95", 10**400),
+                ("seconds", -math.inf),
+                ("seconds", "long"),
+                ("seed", 1e300),
+                ("seed", [3]),
+                ("arm", None),
+                ("arm", ["se"]),
+                ("per_class", {"cat": math.nan, "dog": 0.5}),
+                ("per_class", ["cat", "dog"]),
+                ("per_class", 5),
+            )
+        ),
+    ],
+)
+def test_a_hostile_cell_json_is_one_short_line(tmp_path: Path, content: str) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    (folder / LAST / "cell.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"seed3.cell\.json: .*Delete the cell's cell\.json") as raised:
+        load(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        "[" * 200_000,
+        '{"se": [1]}',
+        '{"se": {"gflops": "many"}}',
+        '{"se": {"latency_ms": Infinity}}',
+        '{"se": {"parameters": NaN}}',
+        '{"se": {"gates": [["a", "b"], ["c"]]}}',
+        '{"se": {"gates": [[1, 2]]}}',
+        '{"se": {"gates": {"a": 1}}}',
+        '{"se": {"gates_picture": "' + "a" * 300 + '"}}',
+        '{"se": {"gates_picture": "a\\u0000"}}',
+        '{"se": {"tensors": 5}}',
+    ],
+)
+def test_a_hostile_arms_json_is_one_line(tmp_path: Path, arms: str) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    (folder / "arms.json").write_text(arms, encoding="utf-8")
+    with pytest.raises(UserError, match=r"arms\.json: .*Delete it") as raised:
+        load(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("curve", ["0, inf", "0, -0.1", "0, 1e999", "0, 2", "0", ""])
+def test_a_learning_curve_that_is_none_is_refused(tmp_path: Path, curve: str) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    (folder / LAST / "results.csv").write_text(f"{HEADER}\n{curve}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"results\.csv: cannot be read as a table"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("array", "place", "value"),
+    [
+        ("detections", (0, 0), np.nan),
+        ("detections", (0, 2), np.inf),
+        ("detections", (0, 4), 1.5),
+        ("detections", (0, 5), 1e9),
+        ("detections", (0, 5), 0.5),
+        ("truth", (0, 0), -1),
+        ("truth", (0, 1), 1e30),
+    ],
+)
+def test_judged_numbers_that_mean_nothing_are_refused(
+    tmp_path: Path, array: str, place: tuple[int, int], value: float
+) -> None:
+    """A class of 1e9 would ask for a table with as many rows."""
+    folder = ablation_in(tmp_path, SIX)
+    changed = PERFECT[array].copy()
+    changed[place] = value
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, array: changed})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: expected boxes in pixels"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", [{"detection_image": np.zeros(2)}, {"truth": np.zeros(5, np.float32)}, {"paths": 5}])
+def test_judged_arrays_of_other_kinds_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, **change})
+    with pytest.raises(UserError, match=rf"seed3.judged\.npz: cannot be read \({next(iter(change))} is "):
+        load(folder)
+
+
+def rezipped(file: Path, **changed: bytes) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in {**entries, **{f"{key}.npy": value for key, value in changed.items()}}.items():
+            archive.writestr(name, content)
+
+
+def header(shape: str, descr: str = "<f4") -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    return b"\x93NUMPY\1\0" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("(1000000000000, 6)"),
+        header("(3000000000, 3000000000, 6)"),
+        header("(-1, 6)"),
+        header("(1000000000000000,)", "<U0"),
+        header("(((((" * 20),
+        header("(2, 6)", "O"),
+        header("(2, 6)") + bytes(2**27),
+        b"",
+    ],
+)
+def test_a_judged_npz_made_to_fill_the_memory_is_refused_before_it_does(tmp_path: Path, content: bytes) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    rezipped(folder / LAST / "judged.npz", detections=content)
+    del content
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"seed3.judged\.npz: cannot be read"):
+            load(folder)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_judged_npz_with_thousands_of_entries_is_refused(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    rezipped(folder / LAST / "judged.npz", **{f"extra{number}": b"" for number in range(2000)})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: cannot be read \(no zip as numpy writes it\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "arms: {1: {}}\nrecipe: {}\nfolds: 0\n",
+        "arms: {a: [1]}\nrecipe: {}\nfolds: 0\n",
+        "arms: {a: {}}\nrecipe: {}\nfolds: many\n",
+        "arms: {a: {}}\nrecipe: {}\nfolds: 0\nseeds: 5\n",
+        "arms: {a: {}}\nrecipe: {}\nfolds: 0\nseeds: [one]\n",
+    ],
+)
+def test_a_recipe_of_other_kinds_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml(:\d)?: expected"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["arms: {}\n", "arms: [a]\nrecipe: {}\nfolds: 0\n", ": :"])
