@@ -14,7 +14,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -32,19 +32,56 @@ PYTHON_ONLY: dict[str, type | tuple[type, ...]] = {
     "device": object,
 }
 WORDS = (str, os.PathLike, Real)  # what a word of a command line can stand for
-MAX_YAML_NODES = 200_000  # aliases inside aliases grow exponentially; no honest file comes near this
+MAX_YAML_BYTES = 512 << 10  # 13,000 class names, the most of any dataset known, are 0.3 MB and 26,000 values
+MAX_YAML_NODES = 50_000  # the parser takes two seconds for so many; aliases inside aliases grow exponentially
+MAX_YAML_DEPTH = 50
+MAX_NUMBER_CHARACTERS = 100  # a number in base 60 takes time that is quadratic in its length
+MAX_MESSAGE = 500  # characters
+YAML_MERGE = "tag:yaml.org,2002:merge"
+SCALAR_ERRORS = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)  # impossible dates, `!!int x`
 OwnerT = TypeVar("OwnerT")
 
 
 class UserError(ValueError):
     """A mistake in what the user gave us: the scripts print its one line and exit with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` with unprintable characters escaped, and without its middle where it has more than 500 characters."""
+    return _shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in _shortened(text)))
+
+
+def _shortened(text: str) -> str:
+    half = (MAX_MESSAGE - 5) // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"
+
+
+class HashBudget:
+    """Bounds the keys of a file's dicts and sets whose hashes the file can choose.
+
+    The hash of text is salted, that of a number or a tuple is not: a million of them with one hash take hours to
+    insert. Numbers that count up (0, 1, 2, ...) have different hashes and are free.
+    """
+
+    def __init__(self, keys: int = 1000) -> None:
+        self.left = keys
+
+    def allows(self, key: object, size: int) -> bool:
+        """Whether `key` may still enter a container of `size` keys."""
+        if isinstance(key, str | bytes | None) or (type(key) is int and 0 <= key <= size + 100):
+            return True
+        self.left -= 1
+        return self.left >= 0
+
 
 def closest(word: object, choices: Iterable[object]) -> str:
     """`" Did you mean 'x'?"` for the most similar choice, or an empty string where nothing is similar."""
-    words = [str(choice) for choice in choices]
-    same = [choice for choice in words if choice.casefold() == str(word).casefold()]
-    matches = same or difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    words, asked = [str(choice) for choice in choices], str(word)[:100]
+    same = [choice for choice in words if choice.casefold() == asked.casefold()]
+    matches = same or difflib.get_close_matches(asked, words, n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
@@ -71,74 +108,168 @@ def read_yaml(path: str | Path) -> YamlFile:
     """Read a YAML mapping with the safe schema, keeping line numbers.
 
     Raises:
-        UserError: not there, not UTF-8, not YAML, not a mapping, a key given twice, or aliases that explode.
+        UserError: not there, not UTF-8, not YAML, not a mapping, a key given twice, or more than a file of ours needs:
+            megabytes, deep nesting, aliases that explode, keys with chosen hashes.
     """
     path = Path(path)
+    text = _yaml_text(path)
+    loader = None
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{display_path(path)}:{line}: not UTF-8 text. Save the file with UTF-8 encoding.") from None
-    except OSError as error:
-        raise UserError(f"{display_path(path)}: cannot be read ({error.strerror}).") from None
-    loader = yaml.SafeLoader(text)
-    try:
+        loader = _Loader(text)
         root = loader.get_single_node()
-        lines: dict[tuple[Hashable, ...], int] = {}
-        data = _construct(loader, root, (), lines, path, [0]) if root is not None else None
+        construction = _Construction(loader, path)
+        data = construction.value(root, ()) if root is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise UserError(f"{display_path(path)}:{line}: not valid YAML: {error.problem}.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{display_path(path)}: not valid YAML: {str(error).splitlines()[0]}.") from None
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{display_path(path)}:{line}: the character {chr(int(error.character))!r} is not allowed in YAML. Remove it."
+        ) from None
+    except (ValueError, OverflowError) as error:  # the scanner: an escape above Unicode, a version of 5,000 digits
+        if isinstance(error, UserError):
+            raise
+        line = loader.line + 1 if loader else 1
+        raise UserError(f"{display_path(path)}:{line}: not valid YAML: {error}.") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise UserError(f"{display_path(path)}: expected `key: value` lines, found {found}.")
-    return YamlFile(path, data, lines)
+    return YamlFile(path, data, construction.lines)
 
 
-def _construct(
-    loader: yaml.SafeLoader,
-    node: yaml.Node,
-    keys: tuple[Hashable, ...],
-    lines: dict[tuple[Hashable, ...], int],
-    path: Path,
-    visited: list[int],
-) -> Any:
-    visited[0] += 1
-    if visited[0] > MAX_YAML_NODES:
-        raise UserError(f"{display_path(path)}: its aliases expand to more than {MAX_YAML_NODES:,} values; refused.")
-    lines.setdefault(keys, node.start_mark.line + 1)
-    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        raise UserError(f"{display_path(path)}:{lines[keys]}: the tag '{node.tag}' is refused; write plain values.")
-    if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
+def _yaml_text(path: Path) -> str:
+    shown = display_path(path)
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{shown}: not a regular file. Give a YAML file.")
+        with path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read ({error.strerror}).") from None
+    if len(data) > MAX_YAML_BYTES:
+        raise UserError(f"{shown}: larger than {MAX_YAML_BYTES >> 10} KB. Give a configuration file, not data.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{shown}:{line}: not UTF-8 text. Save the file with UTF-8 encoding.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that stops at too many or too deep nodes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MAX_YAML_NODES or self._depth > MAX_YAML_DEPTH:
+            problem = f"more than {MAX_YAML_NODES:,} values, or values nested deeper than {MAX_YAML_DEPTH}"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+@dataclass
+class _Construction:
+    """Makes plain data from the nodes of one file, and notes their lines."""
+
+    loader: yaml.SafeLoader
+    path: Path
+    lines: dict[tuple[Hashable, ...], int] = field(default_factory=dict)
+    visited: int = 0
+    hashes: HashBudget = field(default_factory=HashBudget)
+
+    def value(self, node: yaml.Node, keys: tuple[Hashable, ...]) -> Any:
+        """What the node below the key path stands for."""
+        self._count(len(keys))
+        self.lines.setdefault(keys, node.start_mark.line + 1)
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise self._refusal(node, f"the tag '{node.tag}' is refused; write plain values.")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, keys)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*keys, i)) for i, child in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, keys: tuple[Hashable, ...]) -> dict[Hashable, Any]:
         mapping: dict[Hashable, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, Hashable):
-                raise UserError(f"{display_path(path)}:{line}: a key must be a plain word or number.")
+        for key_node, value_node, merged in self._pairs(node, len(keys)):
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise self._refusal(key_node, "a key must be a plain word or number.")
+            key = self._scalar(key_node)
+            if not self.hashes.allows(key, len(mapping)):
+                raise self._refusal(key_node, f"{key!r} is one more of too many keys that are numbers. Number from 0.")
             if key in mapping:
-                first = lines[(*keys, key)]
-                raise UserError(f"{display_path(path)}:{line}: '{key}' is given twice (first on line {first}).")
-            lines[(*keys, key)] = line
-            mapping[key] = _construct(loader, value_node, (*keys, key), lines, path, visited)
+                if merged:
+                    continue
+                first = self.lines[(*keys, key)]
+                raise self._refusal(key_node, f"'{key}' is given twice (first on line {first}).")
+            self.lines[(*keys, key)] = key_node.start_mark.line + 1
+            mapping[key] = self.value(value_node, (*keys, key))
         return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, child, (*keys, i), lines, path, visited) for i, child in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+
+    def _pairs(self, node: yaml.MappingNode, depth: int) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+        """Key, value and whether `<<` took them from another mapping; the mapping's own come first."""
+        self._count(depth)
+        yield from ((key, value, False) for key, value in node.value if key.tag != YAML_MERGE)
+        for _, value in (pair for pair in node.value if pair[0].tag == YAML_MERGE):
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise self._refusal(source, "`<<` takes a mapping or a list of mappings.")
+                yield from ((inner, value, True) for inner, value, _ in self._pairs(source, depth + 1))
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        if kind in ("int", "float") and len(node.value) > MAX_NUMBER_CHARACTERS:
+            raise self._refusal(node, f"a number of {len(node.value):,} characters.")
+        try:
+            return self.loader.construct_object(node)
+        except SCALAR_ERRORS as error:
+            problem = f"{node.value[:40]!r} is no {kind} ({error}). Correct it, or write it in quotes."
+            raise self._refusal(node, problem) from None
+
+    def _count(self, depth: int) -> None:
+        self.visited += 1
+        if self.visited > MAX_YAML_NODES or depth > MAX_YAML_DEPTH:
+            raise UserError(
+                f"{display_path(self.path)}: its aliases expand to more than {MAX_YAML_NODES:,} values, or contain"
+                " themselves; refused."
+            )
+
+    def _refusal(self, node: yaml.Node, problem: str) -> UserError:
+        return UserError(f"{display_path(self.path)}:{node.start_mark.line + 1}: {problem}")
 
 
 def display_path(path: str | Path) -> str:
     """The path relative to the working directory where it lies below it, otherwise as it is."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError):  # not below, not a possible path, links in a circle
         return str(path)
+
+
+def user_path(name: str | Path) -> Path:
+    """`name` as a path, `~` expanded.
+
+    Raises:
+        UserError: no file can have this name: a NUL or half a character, too long, `~` of an unknown user.
+    """
+    text = os.path.expanduser(name)
+    try:
+        too_long = len(os.fsencode(text)) > 4095 or any(len(os.fsencode(part)) > 255 for part in Path(text).parts)
+    except UnicodeEncodeError:
+        too_long = True
+    if too_long or "\0" in text:
+        raise UserError(f"{str(name)[:200]}: no file can have this name: it is too long, or holds a NUL.")
+    if text.startswith("~") and not os.path.lexists(Path(text).parts[0]):
+        raise UserError(f"{name}: there is no user {Path(text).parts[0][1:]!r} here. Write the folder in full.")
+    return Path(text)
 
 
 def find_file(name: str | Path, folders: Iterable[str] = ("data", "models"), suffixes: Iterable[str] = ()) -> Path:
@@ -152,18 +283,19 @@ def find_file(name: str | Path, folders: Iterable[str] = ("data", "models"), suf
         raise UserError(f"{name}: expected a file ending in {' or '.join(suffixes)}.")
     if str(name).startswith(("http://", "https://")):
         raise UserError(f"{name}: configuration files are not fetched. Download it, look at it, and give its path.")
-    for candidate in (Path(name), ROOT / name):
-        if candidate.is_file():
+    path = user_path(name)
+    for candidate in (path, ROOT / path):
+        if os.path.isfile(candidate):  # Path.is_file raises where a folder may not be read
             return candidate
     everything = [file for folder in folders for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
-    hits = [file for file in everything if file.parts[-len(Path(name).parts) :] == Path(name).parts]
+    hits = [file for file in everything if file.parts[-len(path.parts) :] == path.parts]
     if len(hits) == 1:
         return hits[0]
     if hits:
         raise UserError(f"{name}: stands for {' and '.join(display_path(hit) for hit in hits)}. Give the whole path.")
-    alike = [file.name for file in everything if file.suffix == Path(name).suffix]
+    alike = [file.name for file in everything if file.suffix == path.suffix]
     looked = ", ".join(display_path(ROOT / folder) for folder in folders)
-    raise UserError(f"{name}: no such file, here or below {looked}.{closest(Path(name).name, alike)}")
+    raise UserError(f"{name}: no such file, here or below {looked}.{closest(path.name, alike)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- dataset
@@ -210,7 +342,7 @@ class DatasetSpec:
 def datasets_dir() -> Path | None:
     """`YOLOV5_DATASETS_DIR` (upstream's spelling `YOLOv5_DATASETS_DIR` means the same), or None."""
     value = os.environ.get("YOLOV5_DATASETS_DIR") or os.environ.get("YOLOv5_DATASETS_DIR")  # noqa: SIM112
-    return Path(value).expanduser() if value else None
+    return user_path(value) if value else None
 
 
 def refuse_read_only(folder: Path) -> None:
@@ -259,7 +391,7 @@ def _dataset_root(file: YamlFile) -> Path:
     value = file.data.get("path") or "."
     if not isinstance(value, str):
         raise UserError(f"{file.where('path')}: 'path' must be a folder, found {value!r}.")
-    path = Path(value).expanduser()
+    path = user_path(value)
     if path.is_absolute():
         return path
     inside = Path(*(part for part in Path(os.path.normpath(path)).parts if part != ".."))
@@ -269,7 +401,7 @@ def _dataset_root(file: YamlFile) -> Path:
     candidates = [Path.cwd() / path, ROOT / path, own / inside]
     if named is not None:
         candidates.insert(0, named / inside)
-    return next((c for c in candidates if c.exists()), (named or own) / inside).resolve()
+    return Path(os.path.realpath(next((c for c in candidates if os.path.exists(c)), (named or own) / inside)))
 
 
 def _names(file: YamlFile) -> dict[int, str]:
@@ -298,8 +430,8 @@ def _split_paths(file: YamlFile, task: str, root: Path) -> tuple[Path, ...]:
     for i, entry in enumerate(entries):
         if not isinstance(entry, str):
             raise UserError(f"{file.where(task, i)}: '{task}' takes folders, image lists or images, found {entry!r}.")
-        path = root / Path(entry).expanduser()
-        if not path.exists() and entry.startswith("../"):
+        path = root / user_path(entry)
+        if not os.path.exists(path) and entry.startswith("../"):
             path = root / entry[3:]
         paths.append(path)
     return tuple(paths)
@@ -401,7 +533,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return matches[:1] if same else matches
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} See `python {self.prog} --help`.", file=sys.stderr)
+        print(f"error: {one_line(message)} See `python {self.prog} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
 
