@@ -6,6 +6,7 @@ it needs the classes a file names.
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 import zipfile
@@ -133,7 +134,7 @@ class Archive:
         if self.path.suffix.lower() in EXPORTED:
             kind = EXPORTED[self.path.suffix.lower()]
             raise UserError(f"{self.where}: a {kind} file, not a checkpoint. Give the .pt it was made from.")
-        if not self.path.exists():
+        if not os.path.exists(self.path):  # Path.exists raises for a name that no file can have
             raise UserError(f"{self.where}: no such file.")
         if self.path.is_dir():
             raise UserError(f"{self.where}: a folder, not a checkpoint. Give the .pt file.")

@@ -18,16 +18,19 @@ from typing import Any, TypeGuard
 
 import torch
 
+from models import graph as graphs
 from models.archive import MAX_DEPTH, MAX_VALUES, Archive
-from models.graph import HEADS, layer_classes
+from models.graph import HEADS, Graph, layer_classes
 from models.unpickle import Record, StoredTensor
-from models.yolo import DetectionModel, build_model
+from models.yolo import DetectionModel, build_model, parse_model
 from utils.config import UserError, closest, display_path
 from utils.files import replacing
 
 FORMAT = "yolov5-plain"
 VERSION = 1
 MAX_MODULES = 100_000  # a network of records may refer to itself; yolov5x6 has 575 modules
+MAX_NAME = 500  # characters of a tensor's name
+MAX_LEVELS = 16
 TRAINING_KEYS = ("model", "ema", "updates", "optimizer", "schedule", "rng", "opt", "hyp", "epoch", "best_fitness")
 TRAINING_ONLY = ("ema", "updates", "optimizer", "schedule", "rng")
 PLAIN = (str, int, float, type(None))
@@ -98,12 +101,13 @@ def read(path: str | Path, *, training: bool = True) -> Checkpoint:
 
 
 def _is_state_dict(value: Any) -> TypeGuard[dict[str, StoredTensor]]:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, StoredTensor) for v in value.values())
+    tensors = isinstance(value, dict) and bool(value) and all(isinstance(v, StoredTensor) for v in value.values())
+    return tensors and all(isinstance(key, str) and len(key) <= MAX_NAME for key in value)
 
 
 def _without_prefix(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Keys without the `module.` of DataParallel and the `_orig_mod.` of torch.compile."""
-    result = {str(key): value for key, value in tensors.items()}
+    result = dict(tensors)
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in result):
             result = {key[len(prefix) :]: value for key, value in result.items()}
@@ -123,7 +127,6 @@ def _read_module(archive: Archive, chosen: Record, content: Mapping[str, Any]) -
     attributes = network.attributes
     yaml = plain(attributes.get("yaml"), archive.where)
     yaml = yaml if isinstance(yaml, dict) and isinstance(yaml.get("head"), list) else None
-    stride = attributes.get("stride")
     opt, hyp = (plain(value, archive.where) for value in (content.get("opt"), attributes.get("hyp")))
     opt = opt if isinstance(opt, dict) else {}
     return Checkpoint(
@@ -131,7 +134,7 @@ def _read_module(archive: Archive, chosen: Record, content: Mapping[str, Any]) -
         tensors,
         yaml,
         _names(attributes.get("names"), archive.where),
-        tuple(archive.tensor(stride).flatten().tolist()) if isinstance(stride, StoredTensor) else (),
+        _stride(archive, attributes.get("stride")),
         _task(yaml, network),
         epoch=epoch if isinstance(epoch := content.get("epoch"), int) else -1,
         best_fitness=number(content.get("best_fitness")),
@@ -173,6 +176,8 @@ def state_dict(module: Record, where: str = "") -> dict[str, StoredTensor]:
         for kind in ("_parameters", "_buffers", "_modules"):
             children = attributes.get(kind)
             for name, value in children.items() if isinstance(children, dict) else ():
+                if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
+                    raise UserError(f"{where}: refused: the name of a parameter or module is not text, or too long.")
                 if isinstance(value, Record) and kind == "_modules":
                     collect(value, f"{prefix}{name}.", depth + 1)
                 elif isinstance(value, StoredTensor) and name not in transient:
@@ -186,6 +191,14 @@ def _load_tensors(archive: Archive, stored: Mapping[str, StoredTensor]) -> dict[
     """The tensors, fp32 where floating, without v6.0's `anchor_grid` buffer: it repeats the anchors in pixels."""
     tensors = {key: archive.tensor(value) for key, value in stored.items() if not key.endswith(".anchor_grid")}
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def _stride(archive: Archive, value: Any) -> tuple[float, ...]:
+    """Pixels per cell of each level, from a tensor or a list; empty where it is neither."""
+    if isinstance(value, StoredTensor):
+        value = archive.tensor(value).flatten().tolist() if value.numel <= MAX_LEVELS else None
+    numbers = [number(item) for item in value] if isinstance(value, list | tuple) else []
+    return tuple(item for item in numbers if item is not None)
 
 
 def _names(value: Any, where: str) -> dict[int, str]:
@@ -276,7 +289,8 @@ def network_yaml(checkpoint: Checkpoint) -> dict[str, Any]:
             f" 'python train.py --weights {where} --cfg models/yolov5s.yaml', whose best.pt then stores it."
         )
     yaml = copy.deepcopy(checkpoint.yaml)
-    rows = [row for part in ("backbone", "head") for row in (yaml.get(part) or []) if isinstance(row, list)]
+    parts = [part for part in (yaml.get("backbone"), yaml.get("head")) if isinstance(part, list)]
+    rows = [row for part in parts for row in part if isinstance(row, list)]
     known = [*layer_classes(), *HEADS]
     for index, row in enumerate(rows):
         module = row[2] if len(row) == 4 else None
@@ -312,7 +326,9 @@ def load_model(
         UserError: as `read` and `network_yaml`, or tensors that do not fit the stored YAML, naming the first.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read(source, training=False)
-    model = build_model(network_yaml(checkpoint)).float().eval()
+    graph = graphs.read(network_yaml(checkpoint))
+    _check_size(graph, checkpoint)
+    model = build_model(graph).float().eval()
     if checkpoint.fused:
         model.fuse()
     load_tensors(model, checkpoint)
@@ -321,6 +337,19 @@ def load_model(
     if fuse and not checkpoint.fused:
         model.fuse()
     return model.to(device)
+
+
+def _check_size(graph: Graph, checkpoint: Checkpoint) -> None:
+    """Compare numbers of weights before there are any: a YAML of a few bytes can ask for more than the memory."""
+    with torch.device("meta"):
+        layers, _ = parse_model(graph)
+    wanted = sum(tensor.numel() for tensor in layers.state_dict().values())
+    found = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    if wanted > 2 * found + (1 << 20):  # a batch norm more or less is for `load_tensors` to tell
+        raise UserError(
+            f"{display_path(checkpoint.path)}: its YAML describes a network of {wanted:,} numbers, but its tensors hold"
+            f" {found:,}. The file is damaged, or its YAML is of another network."
+        )
 
 
 def load_tensors(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -356,15 +385,13 @@ def _read_ours(archive: Archive, content: Mapping[str, Any], *, training: bool) 
         raise UserError(f"{archive.where}: damaged: its 'model' is not a state dict.")
     yaml, opt, hyp = (plain(content.get(key), archive.where) for key in ("yaml", "opt", "hyp"))
     yaml = yaml if isinstance(yaml, dict) and isinstance(yaml.get("head"), list) else None
-    stride = content.get("stride")
-    stride = archive.tensor(stride).tolist() if isinstance(stride, StoredTensor) else plain(stride, archive.where)
     resumable = training and content.get("optimizer") is not None
     return Checkpoint(
         archive.path,
         _load_tensors(archive, stored),
         yaml,
         _names(content.get("names"), archive.where),
-        tuple(float(s) for s in stride) if isinstance(stride, list) else (),
+        _stride(archive, content.get("stride")),
         _task(yaml),
         epoch=epoch if isinstance(epoch := content.get("epoch"), int) else -1,
         best_fitness=number(content.get("best_fitness")),

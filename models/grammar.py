@@ -15,6 +15,18 @@ from torch import nn
 
 from utils.config import UserError, closest
 
+MAX_TEXT = 200  # characters
+# what torch's constructors and layers raise for arguments or maps they cannot take
+LAYER_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+)
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,7 +50,7 @@ def literal(value: Any, names: Mapping[str, Any], where: str = "yaml") -> Any:
     if not isinstance(value, str):
         return value
     try:
-        tree = ast.parse(value.strip(), mode="eval").body if len(value) <= 200 else None
+        tree = ast.parse(value.strip(), mode="eval").body if len(value) <= MAX_TEXT else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return value
     if tree is None or not _in_grammar(tree):
@@ -90,6 +102,8 @@ def activation(text: str, where: str = "yaml") -> nn.Module:
     """
     known = {f"nn.{name}": c for name, c in vars(nn).items() if _is_activation(c)}
     known["nn.Identity"] = nn.Identity
+    if len(str(text)) > MAX_TEXT:
+        raise UserError(f"{where}: activation is a text of {len(str(text)):,} characters. Write, say, nn.SiLU().")
     try:
         call = ast.parse(str(text).strip().removeprefix("torch."), mode="eval").body
         name = ast.unparse(call.func) if isinstance(call, ast.Call) else str(text)
@@ -99,11 +113,12 @@ def activation(text: str, where: str = "yaml") -> nn.Module:
             )
         args = [ast.literal_eval(arg) for arg in call.args]
         return known[name](*args, **{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (SyntaxError, *LAYER_ERRORS) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: activation '{text}' cannot be built: {error}. Write, say, nn.SiLU().") from None
 
 
 def _is_activation(item: object) -> bool:
-    return isinstance(item, type) and item.__module__ == nn.SiLU.__module__
+    attention = nn.MultiheadAttention  # takes three inputs, and any amount of memory
+    return isinstance(item, type) and item.__module__ == nn.SiLU.__module__ and item is not attention

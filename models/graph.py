@@ -19,14 +19,16 @@ from typing import Any
 from torch import nn
 
 from models import attention, common
-from models.grammar import literal
+from models.grammar import LAYER_ERRORS, literal
 from utils.config import UserError, YamlFile, closest, display_path, find_file, read_yaml
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}  # depth, width
 HEADS = ("Detect", "Segment")
 SEVERAL = ("Concat", "Classify", *HEADS)  # layers that read a list
-# far above any network: a checkpoint's YAML is not trusted with our memory
-MAX_CHANNELS, MAX_REPEATS, MAX_ROWS, MAX_STRIDE = 1 << 16, 1000, 10_000, 512
+# far above any network: a checkpoint's YAML is not trusted with our time and memory
+MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE, MAX_ANCHOR = 1 << 16, 1000, 2000, 512, 1e6
+# torch's files of layers that no row can use; some make as many parts as a number says
+NOT_OF_MAPS = ("rnn", "transformer", "container")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def layer_classes() -> dict[str, type[nn.Module]]:
         for name, c in vars(file).items()
         if _is_layer(c) and c.__module__ == file.__name__ and c not in (common.ScaledLayer, common.Gate)
     }
-    return {**ours, **{f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c)}}
+    torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c)}
+    return {**ours, **{name: c for name, c in torchs.items() if c.__module__.split(".")[-1] not in NOT_OF_MAPS}}
 
 
 def _is_layer(item: object) -> bool:
@@ -181,19 +184,21 @@ class _Reader:
         data = self.file.data
         self.depth = self._number("depth_multiple")
         self.width = self._number("width_multiple")
-        self.multiple = int(self._number("channel_multiple", 8))
-        if not isinstance(data["ch"], int) or not 1 <= data["ch"] <= MAX_CHANNELS:
+        self.multiple = math.ceil(self._number("channel_multiple", 8))
+        if not _is_count(data["ch"]) or not 1 <= data["ch"] <= MAX_CHANNELS:
             raise UserError(f"{self._place('ch')}: 'ch' must be the number of image channels, found {data['ch']!r}.")
         self.names = self._names()
         sections = {section: data.get(section, []) for section in ("backbone", "head")}
         for section, rows in sections.items():
             if not isinstance(rows, list):
                 raise UserError(f"{self._place(section)}: '{section}' must be a list of rows.")
-        if not 1 <= sum(len(rows) for rows in sections.values()) <= MAX_ROWS:
+        if not any(sections.values()):
             raise UserError(f"{self._place()}: no network: 'backbone' and 'head' hold no rows.")
         for section, rows in sections.items():
             for k, raw in enumerate(rows):
                 self.rows.append(self._row(raw, self.file.lines.get((section, k), 0)))
+                if sum(row.repeats for row in self.rows) > MAX_LAYERS:
+                    raise UserError(f"{self.rows[-1].where}: the rows so far are more than {MAX_LAYERS} layers.")
         readers: list[list[int]] = [[] for _ in self.rows]
         for row in self.rows:
             for source in row.sources:
@@ -229,7 +234,8 @@ class _Reader:
         if good:
             numbers = [value for level in anchors for value in _flat(level)]
             lengths = {len(_flat(level)) for level in anchors}
-            good = all(isinstance(v, (int, float)) for v in numbers) and len(lengths) == 1 and min(lengths) > 0
+            good = all(isinstance(v, (int, float)) and 0 <= v <= MAX_ANCHOR for v in numbers) and lengths != {0}
+            good = good and len(lengths) == 1
             if good and not min(lengths) % 2:
                 return min(lengths) // 2
         raise UserError(
@@ -270,8 +276,15 @@ class _Reader:
         self._warn(row)
         if module in HEADS:
             return self._head(row)
-        row = replace(row, channels=self._channels(row))
-        return replace(row, stride=self._stride(row))
+        try:
+            row = replace(row, channels=self._channels(row))
+            if not 1 <= row.channels <= MAX_CHANNELS:
+                raise ValueError(f"{row.channels} channels come out, expected 1 to {MAX_CHANNELS}")
+            return replace(row, stride=self._stride(row))
+        except LAYER_ERRORS as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where}: its arguments {row.args!r} do not fit: {error}.") from None
 
     def _sources(self, raw_from: Any, where: str, index: int) -> tuple[int, ...]:
         sources = []

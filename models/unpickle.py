@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from utils.config import HashBudget
+
 MAX_OPERATIONS = 1_000_000  # yolov5n has 35,000; a million empty sets would already be 216 MB
+MAX_ELEMENTS = 1 << 40  # of a tensor; torch computes sizes and strides in 64 bits
 KEY_TYPES = (str, int, float, bytes, type(None))
 MAX_INT_BITS = 256  # numpy's random state holds 128-bit integers
 STORAGE_DTYPES = {
@@ -96,9 +99,11 @@ def _shown(value: Any) -> str:
 
 
 def _counts(value: Any, what: str) -> tuple[int, ...]:
-    """A size or stride as a tuple of non-negative ints."""
+    """A size or stride as a tuple of non-negative ints that torch can compute with."""
     if not isinstance(value, tuple) or len(value) > 16 or any(type(v) is not int or v < 0 for v in value):
         raise PickleProblem(f"a tensor's {what} is not a short tuple of non-negative integers")
+    if max(value, default=0) > MAX_ELEMENTS or (what == "size" and math.prod(max(v, 1) for v in value) > MAX_ELEMENTS):
+        raise PickleProblem(f"a tensor's {what} is more than {MAX_ELEMENTS:,}")
     return value
 
 
@@ -117,6 +122,7 @@ class PickleMachine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.copies_left = len(data)  # honest files spend an opcode per element, so copying more is a bomb
+        self.hashes = HashBudget()
         self.operations = self._operations()
         self.real = self._real_globals()
 
@@ -160,7 +166,7 @@ class PickleMachine:
             "TUPLE3": lambda _: self._tuple(3),
             "LIST": lambda _: push(self._to_mark()),
             "DICT": lambda _: push(self._set_items({}, self._to_mark())),
-            "FROZENSET": lambda _: push(frozenset(map(self._key, self._to_mark()))),
+            "FROZENSET": lambda _: push(frozenset(self._elements(self._to_mark()))),
             "APPEND": lambda _: self._extend([self._pop()]),
             "APPENDS": lambda _: self._extend(self._to_mark()),
             "SETITEM": lambda _: self._update([self._pop(), self._pop()][::-1]),
@@ -200,8 +206,8 @@ class PickleMachine:
         for module in ("builtins", "__builtin__"):
             table[Global(module, "list")] = lambda values=(): list(self._copied(values))
             table[Global(module, "tuple")] = lambda values=(): tuple(self._copied(values))
-            table[Global(module, "set")] = lambda values=(): set(map(self._key, self._copied(values)))
-            table[Global(module, "frozenset")] = lambda values=(): frozenset(map(self._key, self._copied(values)))
+            table[Global(module, "set")] = lambda values=(): self._elements(self._copied(values))
+            table[Global(module, "frozenset")] = lambda values=(): frozenset(self._elements(self._copied(values)))
         return table
 
     # ------------------------------------------------------------------------------------------------------ the stack
@@ -252,8 +258,8 @@ class PickleMachine:
             raise PickleProblem("it copies containers until the memory is full (a pickle bomb)")
         return values
 
-    def _key(self, value: Any) -> Any:
-        """A dict key or set element whose hash costs little: the hash of nested tuples can take for ever."""
+    def _key(self, value: Any, size: int) -> Any:
+        """A key for a container of `size` keys whose hash costs little: that of nested tuples can take for ever."""
         if type(value) is tuple:
             parts = self._copied(value)
         else:
@@ -261,13 +267,18 @@ class PickleMachine:
         for part in parts:
             if not isinstance(part, KEY_TYPES):
                 raise PickleProblem(f"it uses a {type(part).__name__} inside a dict key")
+        if not self.hashes.allows(value, size):
+            raise PickleProblem("it uses too many numbers or tuples as dict keys (a hash bomb?)")
         return value
+
+    def _elements(self, values: Iterable[Any]) -> set[Any]:
+        return {self._key(value, size) for size, value in enumerate(values)}
 
     def _set_items(self, target: dict[Any, Any], flat: list[Any]) -> dict[Any, Any]:
         if len(flat) % 2:
             raise PickleProblem("a dict has a key without a value")
         for key, value in zip(flat[::2], flat[1::2]):
-            target[self._key(key)] = value
+            target[self._key(key, len(target))] = value
         return target
 
     def _extend(self, values: list[Any]) -> None:
@@ -288,7 +299,7 @@ class PickleMachine:
         target = self._top()
         if not isinstance(target, set):
             raise PickleProblem(f"it adds an element to a {type(target).__name__}")
-        target.update(map(self._key, values))
+        target.update([self._key(value, len(target) + more) for more, value in enumerate(values)])
 
     def _ordered_dict(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         flat: list[Any] = []

@@ -46,13 +46,13 @@ from models import graph as graphs
 from models.augment import augmented
 from models.base import BaseModel, Visualize
 from models.common import SE, Classify, Proto, set_activation
+from models.grammar import LAYER_ERRORS
 from models.graph import Graph, Row
 from models.measure import Size, profile_training
 from utils.config import ROOT, UserError, display_path
 from utils.runtime import LOGGER, select_device
 
-# what layers raise for arguments or maps they cannot take
-BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError, LookupError)
+MAX_MAP = 1 << 26  # elements; the largest map of yolov5x6 at 128 pixels has 2 ** 18
 Anchors = Sequence[Sequence[float]]  # one list of width, height pairs per level
 Config = str | Path | Mapping[str, Any] | Graph
 
@@ -223,8 +223,8 @@ def parse_model(
         try:
             with _drawing_from(seed, f"{row.module}:{count[row.module]}"):
                 layer: Any = nn.Sequential(*(m(*args) for _ in range(chained))) if chained > 1 else m(*args)
-        except BUILD_ERRORS as error:
-            raise UserError(f"{row.where}: cannot be built from {row.args!r}: {error}.") from None
+        except LAYER_ERRORS as error:
+            raise UserError(f"{row.where}: cannot be built from {row.args!r}: {_first_line(error)}.") from None
         set_activation(layer, activation)  # one object for all, as in the official files
         layer.i, layer.f, layer.type = row.index, row.raw_from, f"{m.__module__}.{m.__name__}"
         layer.np = Size.of(layer).parameters
@@ -266,6 +266,11 @@ def _arguments(m: type[nn.Module], row: Row, graph: Graph) -> list[Any]:
     elif m in (Detect, Segment):
         args += [list(row.inputs), bool(graph.yaml.get("inplace", True))]
     return args
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch says, without the places in its C++ code."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class DetectionModel(BaseModel):
@@ -329,15 +334,23 @@ class DetectionModel(BaseModel):
         size = max(128, 2 * max(int(row.stride or 64) for row in self.graph.rows))
         self.eval()
         self.head.train()
-        blank = torch.zeros(1, self.graph.ch, size, size, device=self.head.anchors.device)
+        network = self if self._is_small_at(size) else copy.deepcopy(self).to("meta")
+        blank = torch.zeros(1, self.graph.ch, size, size, device=network.head.anchors.device)
         done: list[int] = []
         try:
-            raw = self.run_layers(blank, visualize=lambda index, *_: done.append(index))
-        except BUILD_ERRORS as error:
-            raise UserError(f"{self.graph.rows[len(done)].where}: cannot take what it reads: {error}.") from None
+            raw = network.run_layers(blank, visualize=lambda index, *_: done.append(index))
+            levels = raw[0] if isinstance(self.head, Segment) else raw
+            strides = torch.tensor([size / level.shape[2] for level in levels], device="cpu")
+        except LAYER_ERRORS as error:
+            row = self.graph.rows[len(done)]
+            raise UserError(f"{row.where}: cannot take what it reads: {_first_line(error)}.") from None
         self.train()
-        levels = raw[0] if isinstance(self.head, Segment) else raw
-        return torch.tensor([size / level.shape[2] for level in levels], device="cpu")
+        return strides
+
+    def _is_small_at(self, size: int) -> bool:
+        """Whether every map of a square image is known and small; else the meta device computes sizes alone."""
+        strides = [(row.channels, row.stride) for row in self.graph.rows[:-1]]
+        return all(stride is not None and channels * (size / stride) ** 2 <= MAX_MAP for channels, stride in strides)
 
     def forward(
         self, x: Tensor, augment: bool = False, profile: bool = False, visualize: Visualize | None = None

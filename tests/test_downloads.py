@@ -424,7 +424,8 @@ def test_a_zip_bomb_is_refused_before_it_is_written(tmp_path: Path, monkeypatch:
 
 
 def test_too_many_entries_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "MAX_ARCHIVE_ENTRIES", 3)
+    monkeypatch.setattr(downloads, "SMALL_ARCHIVE_ENTRIES", 3)
+    monkeypatch.setattr(downloads, "MIN_ENTRY_BYTES", 1000)
     zip_of(tmp_path / "a.zip", {f"{i}": b"" for i in range(5)})
     with pytest.raises(DownloadProblem, match="or 3 files"):
         unpack(tmp_path / "a.zip", tmp_path / "out")

@@ -113,9 +113,13 @@ def read_yaml(path: str | Path) -> YamlFile:
     """
     path = Path(path)
     text = _yaml_text(path)
-    loader = None
     try:
         loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        place = f"{display_path(path)}:{text.count(chr(10), 0, error.position) + 1}"
+        found = chr(int(error.character))
+        raise UserError(f"{place}: YAML does not allow the character {found!r}. Remove it.") from None
+    try:
         root = loader.get_single_node()
         construction = _Construction(loader, path)
         data = construction.value(root, ()) if root is not None else None
@@ -123,16 +127,10 @@ def read_yaml(path: str | Path) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise UserError(f"{display_path(path)}:{line}: not valid YAML: {error.problem}.") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(
-            f"{display_path(path)}:{line}: the character {chr(int(error.character))!r} is not allowed in YAML. Remove it."
-        ) from None
     except (ValueError, OverflowError) as error:  # the scanner: an escape above Unicode, a version of 5,000 digits
         if isinstance(error, UserError):
             raise
-        line = loader.line + 1 if loader else 1
-        raise UserError(f"{display_path(path)}:{line}: not valid YAML: {error}.") from None
+        raise UserError(f"{display_path(path)}:{loader.line + 1}: not valid YAML: {error}.") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise UserError(f"{display_path(path)}: expected `key: value` lines, found {found}.")

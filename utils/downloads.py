@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import re
 import shutil
 import stat
-import tarfile
+import struct
 import tempfile
 import threading
 import urllib.error
@@ -34,7 +34,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils.config import UserError, closest, display_path, refuse_read_only
+from utils.config import UserError, closest, display_path, refuse_read_only, user_path
 from utils.runtime import LOGGER, ROOT
 
 RELEASE_TAG = "v7.0"
@@ -48,7 +48,17 @@ TIMEOUT_SECONDS = 10.0  # of a connection that has answered
 MIN_WEIGHTS_BYTES = 100_000
 CHUNK_BYTES = 1 << 20
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-BROKEN_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+BROKEN_ERRORS = (
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 DECOMPRESSORS: dict[str, Callable[..., Any]] = {
     "gz": gzip.open,
     "tgz": gzip.open,
@@ -57,7 +67,13 @@ DECOMPRESSORS: dict[str, Callable[..., Any]] = {
     "xz": lzma.open,
     "txz": lzma.open,
 }
-MAX_ARCHIVE_ENTRIES = 5_000_000  # Objects365 has 2 million images
+SMALL_ARCHIVE_ENTRIES = 50_000
+MIN_ENTRY_BYTES = 16  # of an archive per file in it; a label in a .tar.xz takes more
+MAX_ENTRY_NAME, MAX_ENTRY_PART = 1000, 255  # bytes; systems refuse longer parts
+TAR_BLOCK = 512
+TAR_KINDS = (b"0", b"\0", b"7", b"5")  # files and folders
+TAR_EXTENSIONS = (b"x", b"g", b"L", b"K")  # about the next entry, about all, its long name, its long link
+MAX_TAR_EXTENSION, MAX_TAR_EXTENSIONS, MAX_PAX_RECORDS = 64 << 10, 4, 100  # bytes, headers before an entry, lines
 MAX_EXPANSION = 100  # unpacked bytes per archive byte; label files reach 10, images 1
 SMALL_ARCHIVE_BYTES = 1 << 30  # below this the ratio does not matter
 
@@ -99,6 +115,14 @@ def open_url(url: str) -> Any:
     return answer
 
 
+def _name_in(url: str) -> str:
+    """The file name at the end of an address; UserError where it is none."""
+    try:
+        return PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    except ValueError as error:
+        raise UserError(f"{url}: not a possible address ({error}).") from None
+
+
 def find_weights(name: str | Path) -> Path:
     """The file that `--weights NAME` stands for.
 
@@ -115,15 +139,15 @@ def find_weights(name: str | Path) -> Path:
         raise UserError("--weights: no file named. Give a .pt file such as yolov5s.pt.")
     if "://" in text:
         return _weights_from_url(text)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = user_path(text)
+    if os.path.exists(path):  # Path.exists raises where a folder may not be read
         return path
     if not path.suffix:
         path = path.with_suffix(".pt")
     official = OFFICIAL.fullmatch(path.name) is not None
     folders = _weights_folders()
     for candidate in [path, *_candidates(path, folders, official=official)]:
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     if official:
         return fetch_weights(path.name, Path.cwd())
@@ -135,7 +159,7 @@ def find_weights(name: str | Path) -> Path:
 def _weights_folders() -> list[Path]:
     """Where weights are looked for by name; each folder once."""
     variable = os.environ.get("YOLOV5_WEIGHTS_DIR")
-    folders = [Path.cwd(), *([Path(variable).expanduser()] if variable else []), ROOT]
+    folders = [Path.cwd(), *([user_path(variable)] if variable else []), ROOT]
     return list(dict.fromkeys(folder.absolute() for folder in folders))
 
 
@@ -170,10 +194,10 @@ def fetch_weights(name: str, folder: Path, *, tag: str = RELEASE_TAG) -> Path:
 
 
 def _weights_from_url(url: str) -> Path:
-    name = PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    name = _name_in(url)
     if not name.endswith(".pt") or "\\" in name:
         raise UserError(f"{url}: not the address of a .pt file.")
-    target = Path.cwd() / name
+    target = Path.cwd() / user_path(name)
     if target.is_file():
         return target
     try:
@@ -215,7 +239,7 @@ def _download(url: str, path: Path, *, label: str) -> None:
     LOGGER.info("Fetching %s", url)
     with open_url(url) as response, path.open("wb") as file:
         announced = response.headers.get("Content-Length")
-        total = int(announced) if announced and announced.isdecimal() else None
+        total = int(announced) if announced and announced.isdecimal() and len(announced) < 20 else None
         if total is not None and total > shutil.disk_usage(path.parent).free:
             raise DownloadProblem(f"{total / 1e6:.0f} MB do not fit on the disk")
         received = 0
@@ -262,9 +286,9 @@ class _Entry:
     """One file or folder of an archive."""
 
     name: str
-    size: int
+    size: int  # unpacked, in bytes
     is_folder: bool
-    handle: Any
+    overhead: int = 0  # bytes of the headers before it
 
 
 def fetch_archive(url: str, folder: str | Path) -> Path:
@@ -278,9 +302,8 @@ def fetch_archive(url: str, folder: str | Path) -> Path:
             holds links or devices, or unpacks to an unreasonable size; or a `folder` marked read-only.
     """
     folder = Path(folder)
-    parts = urllib.parse.urlsplit(url)
-    name = PurePosixPath(urllib.parse.unquote(parts.path)).name.lower()
-    if parts.scheme != "https" or not name.endswith(ARCHIVE_SUFFIXES):
+    name = _name_in(url).lower()
+    if not url.lower().startswith("https://") or not name.endswith(ARCHIVE_SUFFIXES):
         raise UserError(f"{url}: only an https address of a {', '.join(ARCHIVE_SUFFIXES)} archive is fetched.")
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -288,7 +311,7 @@ def fetch_archive(url: str, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         LOGGER.info(f"{name} will be unpacked into {display_path(folder)}")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-            archive = Path(temporary) / f"archive.{name}"
+            archive = Path(temporary) / f"archive{next(s for s in ARCHIVE_SUFFIXES if name.endswith(s))}"
             _download(url, archive, label=name)
             unpack(archive, Path(temporary) / "content")
             return _move_into(Path(temporary) / "content", folder)
@@ -309,16 +332,17 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises:
         DownloadProblem: broken, or refused as `fetch_archive` says.
     """
-    limit = max(SMALL_ARCHIVE_BYTES, MAX_EXPANSION * archive.stat().st_size)
+    packed = archive.stat().st_size
+    limit, most = max(SMALL_ARCHIVE_BYTES, MAX_EXPANSION * packed), SMALL_ARCHIVE_ENTRIES + packed // MIN_ENTRY_BYTES
     root = folder.resolve()
     root.mkdir(parents=True)
     total = count = 0
     try:
         for entry, read in _entries(archive):
             parts = _safe_parts(entry.name)
-            count, total = count + 1, total + entry.size
-            if count > MAX_ARCHIVE_ENTRIES or total > limit:
-                raise DownloadProblem(f"it unpacks to more than {limit / 1e9:.1f} GB or {MAX_ARCHIVE_ENTRIES} files")
+            count, total = count + 1, total + entry.size + entry.overhead
+            if count > most or total > limit:
+                raise DownloadProblem(f"it unpacks to more than {limit / 1e9:.1f} GB or {most:,} files")
             if entry.size > shutil.disk_usage(root).free:
                 raise DownloadProblem("its content does not fit on the disk")
             target = root.joinpath(*parts)
@@ -328,63 +352,141 @@ def unpack(archive: Path, folder: Path) -> None:
                 target.mkdir(parents=True, exist_ok=True)
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            with read(entry) as source, target.open("xb") as file:  # x: no entry replaces another
+            with read() as source, target.open("xb") as file:  # x: no entry replaces another
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
     except DownloadProblem:
         raise
     except FileExistsError:
         raise DownloadProblem("two of its entries have the same name") from None
-    except (*BROKEN_ERRORS, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError) as problem:
+    except NotADirectoryError:
+        raise DownloadProblem("one of its entries is both a file and a folder") from None
+    except BROKEN_ERRORS as problem:
         raise DownloadProblem(f"the archive is broken ({_reason(problem)})") from None
 
 
-def _entries(archive: Path) -> Iterator[tuple[_Entry, Any]]:
+def _entries(archive: Path) -> Iterator[tuple[_Entry, Callable[[], Any]]]:
     """Every entry with a function that opens it; raises `DownloadProblem` at links, devices and encryption."""
     if archive.name.endswith(".zip"):
-        with zipfile.ZipFile(archive) as zipped:
-            for info in zipped.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 0x1:
-                    raise DownloadProblem(f"its entry {info.filename[:80]!r} is a link, a device or encrypted")
-                yield _Entry(info.filename, info.file_size, info.is_dir(), info), lambda e: zipped.open(e.handle)
+        yield from _zip_entries(archive)
         return
     opener = next((open_ for suffix, open_ in DECOMPRESSORS.items() if archive.name.endswith(suffix)), open)
-    with opener(archive, "rb") as file, tarfile.open(fileobj=_SmallReads(file), mode="r:") as tarred:
-        for member in tarred:
-            if not (member.isreg() or member.isdir()):
-                raise DownloadProblem(f"its entry {member.name[:80]!r} is a link or a device")
-            yield _Entry(member.name, member.size, member.isdir(), member), lambda e: _tar_file(tarred, e.handle)
+    with opener(archive, "rb") as file:
+        yield from _tar_entries(file)
 
 
-class _SmallReads(io.RawIOBase):
-    """A file that refuses to be read in one go: tarfile reads a name as long as its header claims into memory."""
+def _zip_entries(archive: Path) -> Iterator[tuple[_Entry, Callable[[], Any]]]:
+    with zipfile.ZipFile(archive) as zipped:
+        for info in zipped.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 0x1:
+                raise DownloadProblem(f"its entry {info.filename[:80]!r} is a link, a device or encrypted")
+            is_folder = info.filename.endswith("/")
+            yield _Entry(info.filename, info.file_size, is_folder), functools.partial(zipped.open, info)
 
-    def __init__(self, file: IO[bytes]) -> None:
+
+def _tar_entries(file: IO[bytes]) -> Iterator[tuple[_Entry, Callable[[], Any]]]:
+    """The entries of a tar, read once and forwards.
+
+    tarfile is not used: it computes maps of sparse files, sums and numbers of any length, and seeks back in compressed
+    files, for minutes, before it shows an entry.
+    """
+    extended: dict[str, str] = {}
+    headers = overhead = 0
+    while (block := file.read(TAR_BLOCK)) and block != bytes(TAR_BLOCK):
+        if len(block) < TAR_BLOCK or sum(block[:148]) + sum(block[156:]) + 8 * 32 != _tar_number(block[148:156]):
+            raise DownloadProblem("the archive is broken (a header is damaged)")
+        kind, size, name = block[156:157], _tar_number(block[124:136]), _tar_name(block)
+        if kind in TAR_EXTENSIONS:
+            headers, overhead = headers + 1, overhead + size
+            if size > MAX_TAR_EXTENSION or headers > MAX_TAR_EXTENSIONS:
+                raise DownloadProblem("an entry has a name or header of unreasonable size (a bomb?)")
+            part = _Part(file, size)
+            content = part.read(size)
+            part.skip()
+            extended |= _pax_records(content) if kind == b"x" else {"path": _tar_text(content)} if kind == b"L" else {}
+            continue
+        name = extended.get("path", name)
+        if kind not in TAR_KINDS or any(key.startswith("GNU.sparse") for key in extended):
+            raise DownloadProblem(f"its entry {name[:80]!r} is a link or a device, or sparse")
+        is_folder = kind == b"5" or name.endswith("/")
+        size = 0 if is_folder else _decimal(extended["size"]) if "size" in extended else size
+        part = _Part(file, size)
+        yield _Entry(name, size, is_folder, overhead), functools.partial(contextlib.nullcontext, part)
+        part.skip()
+        extended, headers, overhead = {}, 0, 0
+
+
+def _tar_number(digits: bytes) -> int:
+    """A number of a tar header, in octal digits or, above 8 GB, in bytes after a 0x80."""
+    if digits[:1] == b"\x80":
+        return int.from_bytes(digits[1:], "big")
+    text = digits.split(b"\0")[0].strip()
+    if text.strip(b"01234567"):
+        raise DownloadProblem("the archive is broken (a number in a header is damaged)")
+    return int(text or b"0", 8)
+
+
+def _tar_text(data: bytes) -> str:
+    return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _tar_name(block: bytes) -> str:
+    """The name in a header; POSIX puts the first folders of a long one behind the rest, GNU has other things there."""
+    name, folders = _tar_text(block[:100]), _tar_text(block[345:500])
+    return f"{folders}/{name}" if folders and block[257:263] == b"ustar\0" else name
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """The records `length key=value` of an extended header, the length being that of the whole record's line."""
+    records: dict[str, str] = {}
+    start = 0
+    while data[start : start + 1] not in (b"", b"\0"):
+        length = _decimal(data[start : start + 6].split(b" ")[0].decode("ascii", "replace"))
+        key, equals, value = data[start : start + length].partition(b" ")[2].partition(b"=")
+        if not equals or not value.endswith(b"\n") or len(records) == MAX_PAX_RECORDS:
+            raise DownloadProblem("the archive is broken (an extended header is damaged)")
+        records[_tar_text(key)] = value[:-1].decode("utf-8", "surrogateescape")
+        start += length
+    return records
+
+
+def _decimal(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20):
+        raise DownloadProblem("the archive is broken (a number in an extended header is damaged)")
+    return int(text)
+
+
+class _Part:
+    """The next `size` bytes of a file that is read forwards, and then the padding to a whole block."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
         self.file = file
+        self.left = size
+        self.padding = -size % TAR_BLOCK
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= 2 * CHUNK_BYTES:
-            raise DownloadProblem("an entry has a name or header of unreasonable size (a bomb?)")
-        return self.file.read(size)
+    def read(self, size: int) -> bytes:
+        data = self.file.read(min(size, self.left))
+        if not data and self.left:
+            raise DownloadProblem("the archive is broken (it ends inside an entry)")
+        self.left -= len(data)
+        return data
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
-def _tar_file(tarred: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    file = tarred.extractfile(member)
-    assert file is not None, "only regular files get here"
-    return file
+    def skip(self) -> None:
+        """Read what nobody wanted, and the padding."""
+        while self.left:
+            self.read(CHUNK_BYTES)
+        self.file.read(self.padding)
 
 
 def _safe_parts(name: str) -> list[str]:
-    """The folders and the file of an entry; raises `DownloadProblem` where they lead outside on any system."""
+    """The folders and the file of an entry; raises `DownloadProblem` where they lead outside, or are no names."""
+    if not name or len(os.fsencode(name)) > MAX_ENTRY_NAME:
+        raise DownloadProblem(f"the name of an entry has {len(name)} characters, expected 1 to {MAX_ENTRY_NAME}")
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if name.startswith(("/", "\\")) or ".." in parts or any(":" in part or "\0" in part for part in parts):
         raise DownloadProblem(f"its entry {name[:80]!r} would be written outside its folder")
+    if any(len(os.fsencode(part)) > MAX_ENTRY_PART for part in parts):
+        raise DownloadProblem(f"its entry {name[:80]!r} has a name of more than {MAX_ENTRY_PART} bytes")
     return parts
 
 
