@@ -376,7 +376,9 @@ def load_tensors(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _read_ours(archive: Archive, content: Mapping[str, Any], *, training: bool) -> Checkpoint:
-    if not isinstance(version := content.get("version"), int) or version > VERSION:
+    if type(version := content.get("version")) is not int:
+        raise UserError(f"{archive.where}: damaged: its 'version' is not a number.")
+    if version > VERSION:
         raise UserError(
             f"{archive.where}: written by a newer version of this repository (format {version}). Update it."
         )

@@ -26,7 +26,8 @@ SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0
 HEADS = ("Detect", "Segment")
 SEVERAL = ("Concat", "Classify", *HEADS)  # layers that read a list
 # far above any network: a checkpoint's YAML is not trusted with our time and memory
-MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE, MAX_ANCHOR = 1 << 16, 1000, 2000, 512, 1e6
+MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE = 1 << 16, 1000, 2000, 512
+MAX_ANCHORS, MAX_ANCHOR = 100, 1e6  # per level; pixels
 # torch's files of layers that no row can use; some make as many parts as a number says
 NOT_OF_MAPS = ("rnn", "transformer", "container")
 
@@ -225,18 +226,20 @@ class _Reader:
         self.file.data["nc"] = nc
         names: dict[str, Any] = {"nc": nc}
         if anchors is not None:
-            na = anchors if _is_count(anchors) else self._anchors_per_level(anchors)
+            na = self._anchors_per_level(anchors)
             names.update(anchors=anchors, na=na, no=na * (nc + 5))
         return names
 
     def _anchors_per_level(self, anchors: Any) -> int:
+        if _is_count(anchors) and anchors <= MAX_ANCHORS:
+            return int(anchors)
         good = isinstance(anchors, list) and anchors and all(isinstance(level, list) for level in anchors)
         if good:
             numbers = [value for level in anchors for value in _flat(level)]
             lengths = {len(_flat(level)) for level in anchors}
             good = all(isinstance(v, (int, float)) and 0 <= v <= MAX_ANCHOR for v in numbers) and lengths != {0}
             good = good and len(lengths) == 1
-            if good and not min(lengths) % 2:
+            if good and not min(lengths) % 2 and min(lengths) <= 2 * MAX_ANCHORS:
                 return min(lengths) // 2
         raise UserError(
             f"{self._place('anchors')}: 'anchors' must hold one list of width, height pairs per level, all equally "
@@ -317,11 +320,11 @@ class _Reader:
         if len(args) != (2 if row.module == "Detect" else 4) or not _is_count(args[0]):
             want = "[nc, anchors]" if row.module == "Detect" else "[nc, anchors, 32, 256]"
             raise UserError(f"{row.where}: its arguments must be {want}, found {row.args!r}.")
-        if _is_count(args[1]):  # placeholders, to be replaced by autoanchor
-            args[1] = [list(range(2 * args[1])) for _ in range(levels)]
-        elif args[1] == "anchors":
+        if args[1] == "anchors":
             raise UserError(f"{row.where}: the YAML has no 'anchors'. Add a list per level, or a number per level.")
         na = self._anchors_per_level(args[1])
+        if _is_count(args[1]):  # placeholders, to be replaced by autoanchor
+            args[1] = [list(range(2 * na)) for _ in range(levels)]
         if len(args[1]) != levels:
             raise UserError(f"{row.where}: reads {levels} layers, but 'anchors' has {len(args[1])} levels.")
         args[1] = [_flat(level) for level in args[1]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -360,7 +361,9 @@ def unpack(archive: Path, folder: Path) -> None:
         raise DownloadProblem("two of its entries have the same name") from None
     except NotADirectoryError:
         raise DownloadProblem("one of its entries is both a file and a folder") from None
-    except BROKEN_ERRORS as problem:
+    except (*BROKEN_ERRORS, OSError) as problem:
+        if getattr(problem, "errno", None) not in (None, errno.EINVAL):  # of the disk; bz2 gives no number
+            raise
         raise DownloadProblem(f"the archive is broken ({_reason(problem)})") from None
 
 
