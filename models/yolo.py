@@ -341,6 +341,8 @@ class DetectionModel(BaseModel):
             raw = network.run_layers(blank, visualize=lambda index, *_: done.append(index))
             levels = raw[0] if isinstance(self.head, Segment) else raw
             strides = torch.tensor([size / level.shape[2] for level in levels], device="cpu")
+            if strides.min() < 1 / graphs.MAX_STRIDE:
+                raise ValueError(f"its maps have {[tuple(level.shape[2:4]) for level in levels]} cells")
         except LAYER_ERRORS as error:
             row = self.graph.rows[len(done)]
             raise UserError(f"{row.where}: cannot take what it reads: {_first_line(error)}.") from None

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.config import UserError
+from utils.config import MAX_MESSAGE, UserError
 
 POLL_SECONDS = 0.2
 KILL_MB = 4000.0  # growth at which a case is ended before it takes the machine down
@@ -89,7 +89,7 @@ def run_case(target: Target, seed: int, number: int) -> str:
         target.case(random_of(target, seed, number), folder)
     except UserError as error:
         text = str(error)
-        if "\n" in text or len(text) > 2000:
+        if "\n" in text or len(text) > MAX_MESSAGE:
             return f"a message of {len(text)} characters and {text.count(chr(10)) + 1} lines: {text[:200]!r}"
         return "refusal"
     except Exception:
