@@ -174,6 +174,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
         pad=0.5,
         single_cls=single,
         workers=0,
+        max_pixels=cell.options["max_megapixels"] * 1_000_000,
     )
     loader, _ = build_loader(spec, spec.split("val"), how)
     found: list[Any] = []

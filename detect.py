@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from utils.boxes import Letterbox
     from utils.sources import Frame, Source
 
+MAX_LINE_THICKNESS = 1000
+MAX_STEM_BYTES = 200  # of the name of a file written here, before its number and suffix; most systems hold 255
 Prepared = tuple[list["Frame"], "np.ndarray", list["Letterbox"]]
 
 
@@ -65,6 +67,7 @@ def build_parser() -> ArgumentParser:
     add("--half", action="store_true", help="compute in fp16 (CUDA only)")
     add("--dnn", action="store_true", help="not available: ONNX files through OpenCV")
     add("--vid-stride", type=int, default=1, help="look at every n-th frame of a video")
+    add("--max-megapixels", type=int, default=100, help="image files with more are skipped; 100 take up to 1 GB")
     return parser
 
 
@@ -90,7 +93,9 @@ def _check(options: argparse.Namespace) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if not 0 <= value <= 1:
             raise UserError(f"{flag} {value:g}: expected 0 to 1.")
-    check_minimum(options, max_det=1, line_thickness=1)
+    check_minimum(options, max_det=1, line_thickness=1, max_megapixels=1)
+    if options.line_thickness > MAX_LINE_THICKNESS:
+        raise UserError(f"--line-thickness {options.line_thickness}: expected at most {MAX_LINE_THICKNESS} pixels.")
     for name in options.weights:
         if Path(name).suffix.lower() not in (".pt", ""):
             raise UserError(f"--weights {name}: only .pt checkpoints can be run. Give the .pt this was exported from.")
@@ -118,13 +123,12 @@ def _display_works() -> bool:
 
 def _size_hw(sizes: list[int], stride: int) -> tuple[int, int]:
     """Height and width of the network's input, raised to multiples of its stride (with a warning)."""
+    from utils.engine import round_up
+
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise UserError(f"--imgsz {' '.join(map(str, sizes))}: expected one size or height and width, in pixels.")
-    height, width = (max(-(-size // stride), 1) * stride for size in (sizes * 2)[:2])
-    if [height, width] != (sizes * 2)[:2]:
-        wanted = " ".join(map(str, sizes))
-        LOGGER.warning(f"--imgsz {wanted} is no multiple of the network's stride {stride}: using {height} {width}.")
-    return height, width
+    rounded = [round_up(size, stride) for size in sizes]
+    return rounded[0], rounded[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -263,6 +267,7 @@ class _Results:
 
     def unique(self, kind: str, owner: str, stem: str, suffix: str = "", number: int = 1) -> str:
         """A file name for `owner`: a.jpg, or a2.jpg, a3.jpg where another of this run has it (b/a.jpg, say)."""
+        stem = _cut(stem)
         while True:
             name = f"{stem}{number if number > 1 else ''}{suffix}"
             if self._owner.setdefault((kind, name), owner) == owner:
@@ -313,7 +318,9 @@ class _Results:
         from utils.drawing import save_crop
 
         for row in detections:
-            folder = re.sub(r'[<>:"/\\|?*]', "_", self.names[int(row[5])]).strip(". ") or str(int(row[5]))
+            folder = _cut(re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", self.names[int(row[5])])).strip(". ") or str(
+                int(row[5])
+            )
             self._crops[folder, stem] += 1
             number = self._crops[folder, stem]
             name = self.unique(f"crops/{folder}", f"{frame.path} {number}", stem, ".jpg", number)
@@ -362,6 +369,12 @@ class _Results:
         return cv2.waitKey(1) != ord("q")
 
 
+def _cut(stem: str) -> str:
+    """The name, or as much of it as leaves room for a number and a suffix."""
+    encoded = os.fsencode(stem)
+    return stem if len(encoded) <= MAX_STEM_BYTES else encoded[:MAX_STEM_BYTES].decode("utf-8", "ignore")
+
+
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -370,7 +383,8 @@ def _detect(options: argparse.Namespace) -> None:
     _check(options)
     from utils.sources import open_source, prefetch
 
-    source = open_source(options.source, options.vid_stride)  # a mistyped path is answered before torch is loaded
+    # a mistyped path is answered before torch is loaded
+    source = open_source(options.source, options.vid_stride, options.max_megapixels * 1_000_000)
     import torch
 
     options.view_img = options.view_img or (source.live and _display_works())

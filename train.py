@@ -97,6 +97,7 @@ def build_parser() -> ArgumentParser:
     add("--freeze", nargs="+", type=int, default=[0], help="N: layers 0 to N-1; several numbers: exactly these")
     add("--save-period", type=int, default=-1, help="also keep every n-th epoch's checkpoint")
     add("--seed", type=int, default=0, help="seed of everything random")
+    add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     add("--local_rank", "--local-rank", type=int, default=-1, help="set by old launchers; not needed")
     group = parser.add_argument_group("understood, but not offered (the answer says what to use instead)")
     for flag, settings, _ in NOT_OFFERED:
@@ -150,7 +151,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--gate and --min-transfer are about what comes from --weights, but nothing is copied here.")
     if options.autoanchor and options.noautoanchor:
         raise UserError("--autoanchor and --noautoanchor contradict each other. Give one of them.")
-    check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0)
+    check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0, max_megapixels=1)
     if options.batch_size < 1 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
     if not 0 <= options.label_smoothing < 1:

@@ -57,6 +57,7 @@ def build_parser() -> ArgumentParser:
     add("--half", action="store_true", help="fp16 inference (CUDA)")
     add("--dnn", action="store_true", help="not offered: OpenCV DNN inference of ONNX files")
     add("--noplots", action="store_true", help="no pictures")
+    add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     return parser
 
 
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(options: argparse.Namespace) -> Summary:
     if options.dnn:
         raise UserError("--dnn (OpenCV DNN) is not offered. Validate the .pt file itself, without the flag.")
-    check_minimum(options, imgsz=1, batch_size=1, workers=0, max_det=1)
+    check_minimum(options, imgsz=1, batch_size=1, workers=0, max_det=1, max_megapixels=1)
     if options.save_hybrid:
         options.save_txt = True
     if str(options.data).endswith("coco.yaml") and options.task in ("val", "test"):
@@ -119,6 +120,7 @@ def _validate(options: argparse.Namespace) -> Summary:
             pad=0.0 if speed else 0.5,
             single_cls=options.single_cls,
             workers=options.workers,
+            max_pixels=options.max_megapixels * 1_000_000,
             prefix=f"{task}: ",
         ),
     )

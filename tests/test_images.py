@@ -94,14 +94,16 @@ def jpeg_bytes(**options: object) -> bytes:
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty (0 bytes)"),
     "text": (b"this is no image at all", "not a readable image"),
-    "half a jpeg": (jpeg_bytes()[:20_000], "is truncated after 20,000 bytes"),
-    "jpeg without its last bytes": (jpeg_bytes()[:-2], "is truncated"),
+    "half a jpeg": (jpeg_bytes()[:20_000], "has no end marker in its 20,000 bytes"),
+    "jpeg without its last bytes": (jpeg_bytes()[:-2], "has no end marker"),
+    "start of a jpeg": (b"\xff\xd8\xff", "not a readable image"),
+    "start of a jpeg with fill bytes": (b"\xff\xd8" + b"\xff" * 40, "not a readable image"),
     # a thumbnail in the header ends with the marker that the image itself lacks
     "half a jpeg with a thumbnail": (
         jpeg_bytes(exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + jpeg_bytes(quality=5))[:-500],
-        "is truncated",
+        "has no end marker",
     ),
-    "jpeg header": (jpeg_bytes()[:100], "is truncated"),
+    "jpeg header": (jpeg_bytes()[:100], "not a readable image"),
 }
 
 

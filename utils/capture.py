@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from utils.config import UserError
 from utils.runtime import LOGGER
 
+MAX_WEBCAM_DIGITS = 4
 REOPEN_AFTER = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds to wait before each try to get a lost stream back
 
 
@@ -32,6 +33,12 @@ def frames_per_second(capture: cv2.VideoCapture) -> float:
     """Frames per second; 30 where the source does not say, or says something impossible."""
     fps = float(capture.get(cv2.CAP_PROP_FPS))
     return fps if 0 < fps <= 1000 else 30.0
+
+
+def frame_count(capture: cv2.VideoCapture) -> int:
+    """How many frames a video says it has; 0 where it does not say, or says something impossible."""
+    count = float(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    return int(count) if 0 < count < 2**53 else 0
 
 
 class StreamReader:
@@ -78,6 +85,8 @@ class StreamReader:
         return image, self.number
 
     def _open(self) -> cv2.VideoCapture:
+        if self.address.isdecimal() and len(self.address) > MAX_WEBCAM_DIGITS:
+            raise UserError(f"--source {self.address[:20]}...: webcams have smaller numbers, the first one is 0.")
         return cv2.VideoCapture(int(self.address) if self.address.isdecimal() else self.address)
 
     def _read(self) -> None:
@@ -115,10 +124,18 @@ class StreamReader:
         return False
 
 
+def split_address(address: str) -> SplitResult:
+    """The parts of a URL; UserError where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"{address}: not an address ({error}).") from None
+
+
 def stream_name(address: str) -> str:
     """A file name for a stream: without user and password, without the letters file systems and shells mind."""
     if "://" in address:
-        parts = urlsplit(address)
+        parts = split_address(address)
         address = f"{parts.scheme}_{parts.netloc.rpartition('@')[2]}{parts.path}"
     else:
         address = Path(address).stem

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from utils.augmentations import Example, Image, letterbox
 from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
 from utils.config import DatasetSpec, UserError, load_dataset, owned
 from utils.downloads import OFFLINE_HINT, fetch_archive
-from utils.images import Cache, ImageError, ImageStore, num_cpus, read_image
+from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus, read_image
 from utils.labels import Sample, scan
 from utils.runtime import LOGGER, rank_zero_first, relative
 from utils.shapes import prepare_shapes
@@ -39,6 +40,7 @@ from utils.shapes import prepare_shapes
 Floats = npt.NDArray[np.floating[Any]]
 __all__ = ["Batch", "ImageDataset", "ImageError", "Loader", "LoaderOptions", "build_loader", "prepare", "read_image"]
 
+FAILURES_SHOWN = 3
 EDGE = 1e-3  # pixels; training boxes end this far inside the right and bottom edge
 
 
@@ -67,6 +69,7 @@ class LoaderOptions:
     shuffle: bool = False
     rank: int = 0
     world_size: int = 1
+    max_pixels: int = MAX_PIXELS
     prefix: str = ""
 
 
@@ -75,7 +78,8 @@ class Batch:
     """Images uint8 `(B, 3, h, w)` RGB and everything known about them.
 
     `targets` are float32 `(N, 6)` [image, class, cx, cy, w, h], boxes in 0..1 of the batch's images. A letterbox is
-    None where the image was augmented, for then no single step leads back to the file.
+    None where the image was augmented, for then no single step leads back to the file. `failed` says what is wrong with
+    images that could not be decoded, and that something else stands for.
     """
 
     images: Tensor
@@ -83,6 +87,7 @@ class Batch:
     letterboxes: list[Letterbox | None]
     paths: list[str]
     indices: list[int]
+    failed: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,6 +104,7 @@ class _Item:
     letterbox: Letterbox | None
     path: str
     index: int
+    failed: list[str]
 
 
 # ------------------------------------------------------------------------------------------------------------- dataset
@@ -123,8 +129,12 @@ class _Ragged:
 class ImageDataset(torch.utils.data.Dataset[Any]):
     """Samples by `(epoch, index)`. With `rect`, index counts in order of aspect ratio.
 
-    A UserError (an image that broke since it was scanned) is returned in place of the item, because torch would wrap
-    one that is raised in a worker; the loader raises it.
+    A scan does not decode every image. In the place of one that turns out to be damaged training takes the next one
+    that is not, wherever it is wanted; validation takes a grey picture with the same labels, all of which count as
+    missed, so that no damage can raise the mAP. The loader names them.
+
+    A UserError (an image that is gone since the scan) is returned in place of the item, because torch would wrap one
+    that is raised in a worker; the loader raises it.
     """
 
     def __init__(self, samples: Sequence[Sample], options: LoaderOptions) -> None:
@@ -144,8 +154,10 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
             smooth=not options.augment,
             cache=options.cache,
             processes=options.world_size,
+            max_pixels=options.max_pixels,
             prefix=options.prefix,
         )
+        self._failed: list[str] = []  # what was wrong with images of the sample that is being made
         self._labels = _Ragged([sample.labels for sample in samples], 5)
         outlined = [s.segments if len(s.segments) == len(s.labels) else () for s in samples]
         self._segments = _Ragged([polygon for polygons in outlined for polygon in polygons], 2)
@@ -173,6 +185,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> _Item | UserError:
         epoch, index = key
+        self._failed = []
         try:
             if not self.options.augment:
                 return self._plain(index)
@@ -204,13 +217,26 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         return self.perspective(self.copy_paste(example, rng), rng, (size, size))
 
     def _resized(self, index: int) -> Example:
-        image = self.store.load(index)
+        index, image = self._image(index)
         return self._labelled(index, image, image.shape[1], image.shape[0], (0.0, 0.0))
 
+    def _image(self, index: int) -> tuple[int, Image]:
+        """The image that stands at `index`, resized, and which one it is."""
+        for other in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                return other, self.store.load(other)
+            except ImageGone:
+                raise
+            except ImageError as error:
+                self._failed.append(str(error))
+            if not self.options.augment:
+                return index, np.full((*self.store.resized_hw(index), 3), aug.FILL, np.uint8)
+        raise UserError(f"{self.options.prefix}none of the {len(self)} images can be decoded. {self._failed[0]}")
+
     def _fitted(self, index: int, *, scaleup: bool) -> tuple[Example, Letterbox]:
-        image = self.store.load(index)
         options = self.options
         size_hw = self.batch_shapes[index // self.batch_size] if options.rect else (options.imgsz, options.imgsz)
+        index, image = self._image(index)
         padded, fitted = letterbox(image, size_hw, scaleup=scaleup)
         height, width = image.shape[:2]
         example = self._labelled(index, padded, width * fitted.scale, height * fitted.scale, fitted.pad_xy)
@@ -231,7 +257,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         height, width = example.shape_hw
         boxes = xyxy_to_cxcywhn(example.boxes[:, 1:], width, height, clip=True, eps=EDGE)
         labels = np.concatenate((example.boxes[:, :1], boxes), 1)
-        return _Item(example.image, labels, fitted, self.store.path(index), index)
+        return _Item(example.image, labels, fitted, self.store.path(index), index, self._failed)
 
 
 def rect_order(shapes_hw: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -270,7 +296,8 @@ def collate(items: Sequence[_Item | UserError]) -> Batch | UserError:
     numbers = np.repeat(np.arange(len(good), dtype=np.float32), [len(item.labels) for item in good])
     targets = np.concatenate((numbers[:, None], np.concatenate([item.labels for item in good])), 1).astype(np.float32)
     letterboxes, paths = [item.letterbox for item in good], [item.path for item in good]
-    return Batch(torch.from_numpy(images), torch.from_numpy(targets), letterboxes, paths, [item.index for item in good])
+    indices, failed = [item.index for item in good], [message for item in good for message in item.failed]
+    return Batch(torch.from_numpy(images), torch.from_numpy(targets), letterboxes, paths, indices, failed)
 
 
 # -------------------------------------------------------------------------------------------------------------- loader
@@ -327,6 +354,7 @@ class Loader:
         if dataset.store.in_memory and not self._can_fork and self.num_workers:
             LOGGER.info(f"{options.prefix}cached images cannot be shared with workers on this system: using none.")
             self.num_workers = 0
+        self._named: set[str] = set()
         self._loader = self._make_loader()
 
     def _make_loader(self) -> DataLoader[Any]:
@@ -360,10 +388,12 @@ class Loader:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
+        failed: dict[str, None] = {}
         try:
             for batch in self._start():
                 if isinstance(batch, UserError):
                     raise batch
+                failed.update(dict.fromkeys(batch.failed))
                 yield batch
         except (UserError, RuntimeError, ConnectionError, EOFError) as error:
             self.close()
@@ -374,6 +404,7 @@ class Loader:
                 f" Give fewer --workers than {self.num_workers}, or leave out --cache ram; with --workers 0 there are"
                 " no loader processes."
             ) from None
+        self._name([message for message in failed if message not in self._named])
 
     def _start(self) -> Iterator[Batch | UserError]:
         """Torch's iterator, made without its handler of SIGCHLD.
@@ -390,6 +421,18 @@ class Loader:
         if before is not None:
             signal.signal(signal.SIGCHLD, before)
         return batches
+
+    def _name(self, failed: Sequence[str]) -> None:
+        """Say once which images could not be decoded, and what became of them."""
+        if not failed:
+            return
+        self._named.update(failed)
+        fate = "others took their places" if self._options.augment else "judged as grey, their objects as missed"
+        more = f" ... and {len(failed) - FAILURES_SHOWN} more." if len(failed) > FAILURES_SHOWN else ""
+        LOGGER.warning(
+            f"{self._options.prefix}{len(failed)} of the images passed the scan but cannot be decoded; {fate}: "
+            f"{' '.join(failed[:FAILURES_SHOWN])}{more}"
+        )
 
 
 def _tells_of_lost_worker(error: Exception) -> bool:
@@ -423,7 +466,7 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
         UserError: no image at all, or training images without a single label.
     """
     with rank_zero_first() if options.world_size > 1 else contextlib.nullcontext():
-        found = scan(sources, spec, single_cls=options.single_cls, prefix=options.prefix)
+        found = scan(sources, spec, single_cls=options.single_cls, max_pixels=options.max_pixels, prefix=options.prefix)
     places = ", ".join(relative(source) for source in sources)
     if not found.samples:
         detail = f" {found.messages[0]}" if found.messages else ""

@@ -227,7 +227,7 @@ def _fetch(url: str, target: Path, sha256: str | None) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, partial, label=target.name)
+        download(url, partial, label=target.name)
         _check_weights(partial, target.name, sha256)
         os.replace(partial, target)
     finally:
@@ -235,10 +235,17 @@ def _fetch(url: str, target: Path, sha256: str | None) -> None:
             partial.unlink()
 
 
-def _download(url: str, path: Path, *, label: str) -> None:
-    """Write the body of `url` to `path` with a progress bar, checking the length that the server announced."""
+def download(url: str, path: Path, *, label: str, opener: Callable[[str], Any] | None = None) -> None:
+    """Write the body of `url` to `path` with a progress bar, checking the length that the server announced.
+
+    `opener` gives the response; by default only https is opened.
+
+    Raises:
+        OSError, HTTPException: not reached, or not written.
+        DownloadProblem: another length arrived, or it does not fit on the disk.
+    """
     LOGGER.info("Fetching %s", url)
-    with open_url(url) as response, path.open("wb") as file:
+    with (opener or open_url)(url) as response, path.open("wb") as file:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced and announced.isdecimal() and len(announced) < 20 else None
         if total is not None and total > shutil.disk_usage(path.parent).free:
@@ -313,7 +320,7 @@ def fetch_archive(url: str, folder: str | Path) -> Path:
         LOGGER.info(f"{name} will be unpacked into {display_path(folder)}")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             archive = Path(temporary) / f"archive{next(s for s in ARCHIVE_SUFFIXES if name.endswith(s))}"
-            _download(url, archive, label=name)
+            download(url, archive, label=name)
             unpack(archive, Path(temporary) / "content")
             return _move_into(Path(temporary) / "content", folder)
     except DownloadProblem as problem:

@@ -28,6 +28,7 @@ from utils.runtime import LOGGER, Stopwatch
 
 # Images per forward pass on a CPU, whatever the batch: activations stay near the caches and memory stays low.
 CPU_CHUNK = 4
+MAX_IMGSZ = 16_384  # a square of it takes 3 GB as floats, before the network has seen it
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 TABLE_COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
 TABLE_HEADER = ("%22s" + "%11s" * 6) % TABLE_COLUMNS
@@ -275,7 +276,13 @@ def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool)
 
 
 def round_up(imgsz: int, stride: int, *, floor: int = 0) -> int:
-    """The image size as the next multiple of the network's stride, at least `floor`; a change is logged."""
+    """The image size as the next multiple of the network's stride, at least `floor`; a change is logged.
+
+    Raises:
+        UserError: a size whose images alone would fill the memory.
+    """
+    if imgsz > MAX_IMGSZ:
+        raise UserError(f"--imgsz {imgsz}: expected at most {MAX_IMGSZ} pixels.")
     size = max(-(-int(imgsz) // stride) * stride, floor)
     if size != imgsz:
         LOGGER.warning(f"--imgsz {imgsz} is not a multiple of the network's stride {stride}: using {size}.")

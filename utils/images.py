@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import struct
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import cv2
 import numpy as np
@@ -30,72 +34,212 @@ Image = npt.NDArray[np.uint8]
 Cache = Literal["ram", "disk"]
 CACHE_MARGIN = 1.1  # times the cached images' size must be free, so that the rest of the run still fits
 NPY_HEADER = 128  # bytes
+MIN_SIDE = 10  # pixels; smaller images are taken for damaged ones
+MAX_PIXELS = 100_000_000  # decoding takes up to 9 bytes of memory a pixel, the file among them
+BYTES_PER_PIXEL, SMALL_FILE = 4, 1 << 20  # a file holds at most so many bytes per allowed pixel, or that many at all
+MAX_PNG_BLOCKS = 1_000_000
+MAX_SCANS, MAX_SCANNED_PIXELS = 30, 1_000_000_000  # of a JPEG; a core goes over some 600 million pixels a second
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
+# what Pillow and its plugins raise at files that are not what their first bytes say
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    PillowImage.DecompressionBombError,
+)
+# what NumPy raises at files that hold no array, or a damaged one
+UNREADABLE_ARRAY = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+)
 
 
 class ImageError(UserError):
     """An image file that cannot be turned into pixels."""
 
 
+class ImageGone(ImageError):
+    """An image file that cannot be opened or read: the disk, the folder or the permissions are at fault."""
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_image(path: str | Path) -> Image:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
     """The image `(h, w, 3)` in BGR, upright by its EXIF orientation.
 
     Grey, palette and CMYK images are converted, 16 bits scaled to 8, alpha is dropped, and of an animation the first
     frame is taken. File names may hold any character.
 
     Raises:
-        ImageError: missing, empty, cut short, or not an image. A truncated JPEG is refused, where OpenCV may fill the
-            rest with grey.
+        ImageError: missing, empty, cut short, not an image, or of more than `max_pixels`, which the header says before
+            anything is decoded. A truncated JPEG is refused, where OpenCV may fill the rest with grey.
     """
+    with _one_line(path):
+        with open(path, "rb") as file:  # cv2.imread cannot open every name on Windows
+            _check_bytes(path, file, max_pixels)
+            data = file.read()
+        opened = _opened(path, io.BytesIO(data), max_pixels)
+        _check_scans(path, data, opened.size)
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error:  # a decoder that gave up
+            image = None
+        if image is not None and image.ndim == 3:  # 32-bit grey comes with two
+            return np.asarray(image, np.uint8)
+        return _decoded_by_pillow(path, opened, max_pixels)
+
+
+def image_shape(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width in pixels, upright by EXIF, of a whole image; JPEG and PNG are not decoded for it.
+
+    Raises:
+        ImageError: as for `read_image`, or a side under 10 pixels.
+    """
+    with _one_line(path), open(path, "rb") as file:
+        _check_bytes(path, file, max_pixels)
+        opened = _opened(path, file, max_pixels)
+        width, height = opened.size
+        if opened.format in ("JPEG", "MPO") or (opened.format == "PNG" and b"eXIf" in _check_sums(file)):
+            # Pillow decodes a whole PNG to look for EXIF, so it is asked only where there is some
+            if opened.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientation: a quarter turn
+                width, height = height, width
+        elif opened.format != "PNG":
+            height, width = read_image(path, max_pixels).shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{relative(path)}: {width} x {height} pixels; images need at least {MIN_SIDE} each way.")
+    return height, width
+
+
+@contextlib.contextmanager
+def _one_line(path: str | Path) -> Iterator[None]:
+    """Whatever Pillow raises at a damaged file, and the system at one it cannot open, as an ImageError."""
     try:
-        data = Path(path).read_bytes()  # cv2.imread cannot open every name on Windows
-    except OSError as error:
-        raise ImageError(f"{relative(path)}: cannot be read ({error.strerror}).") from None
-    if not data:
-        raise ImageError(f"{relative(path)}: the image file is empty (0 bytes). Replace or remove it.")
-    if _is_cut_short(data):
-        raise ImageError(f"{relative(path)}: the image is truncated after {len(data):,} bytes. Replace or remove it.")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # larger than OpenCV accepts, or a decoder that gave up
-        image = None
-    return np.asarray(image, np.uint8) if image is not None else _read_with_pillow(path)
-
-
-def _is_cut_short(content: bytes) -> bool:
-    """Whether a JPEG has no end marker after its header (thumbnails in the header have their own)."""
-    if not content.startswith(b"\xff\xd8\xff"):
-        return False
-    position = 2
-    while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] != b"\xda":
-        if content[position + 1] == 0xFF:  # a fill byte
-            position += 1
-            continue
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    return content.rfind(b"\xff\xd9", position) < 0
-
-
-def _read_with_pillow(path: str | Path) -> Image:
-    """For formats that this OpenCV was built without, such as GIF before 4.11."""
-    try:
-        with PillowImage.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):
-                grey = (np.asarray(upright, np.uint32) // 257).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if upright.mode in ("I", "F"):
-                raise ImageError(
-                    f"{relative(path)}: 32-bit pixels have no agreed white. Save the image with 8 or 16 bits."
-                )
-            return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
+        yield
     except ImageError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, PillowImage.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.replace(str(path), "the file")
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's: Pillow's own have no number
+            raise ImageGone(f"{relative(path)}: cannot be read ({error.strerror}).") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(path), "the file")
         raise ImageError(f"{relative(path)}: not a readable image ({reason}). Replace or remove it.") from None
+
+
+def _check_bytes(path: str | Path, file: BinaryIO, max_pixels: int) -> None:
+    """Refuse an empty file, and one too large to be read into memory whole."""
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise ImageError(f"{relative(path)}: the image file is empty (0 bytes). Replace or remove it.")
+    if size > max(BYTES_PER_PIXEL * max_pixels, SMALL_FILE):
+        raise ImageError(
+            f"{relative(path)}: a file of {size / 1e6:,.0f} MB; read are at most {BYTES_PER_PIXEL} bytes per allowed "
+            f"pixel. Save it compressed, or raise --max-megapixels {max_pixels / 1e6:g}."
+        )
+
+
+def _opened(path: str | Path, file: BinaryIO, max_pixels: int) -> PillowImage.Image:
+    """The whole image's header, read by Pillow; nothing is decoded.
+
+    Its `Image.open` would start Ghostscript for an EPS file of any name, and has one bound for the whole process.
+    """
+    PillowImage.init()
+    start = file.read(16)
+    for name in FORMATS:
+        make, accepts = PillowImage.OPEN.get(name, (None, None))
+        if make is None or accepts is None or accepts(start) is not True:
+            continue
+        file.seek(0)
+        opened = make(file, "")
+        pixels = math.prod(opened.size)
+        if pixels > max_pixels:
+            raise ImageError(
+                f"{relative(path)}: {opened.size[0]} x {opened.size[1]} pixels are {pixels / 1e6:,.1f} megapixels; at "
+                f"most --max-megapixels {max_pixels / 1e6:g} are read. Make the image smaller, or raise that."
+            )
+        if opened.format in ("JPEG", "MPO"):
+            _check_end(file)
+        elif opened.format == "PNG":
+            _check_lengths(file)
+        return opened
+    raise ImageError(f"{relative(path)}: not a readable image (of no kind that is read). Replace or remove it.")
+
+
+def _check_end(file: BinaryIO) -> None:
+    """ValueError where no end marker follows a JPEG's header, in which a thumbnail may have one of its own."""
+    start = file.tell()  # Pillow has read up to the pixels
+    size = file.seek(0, os.SEEK_END)
+    for position in (max(start, size - 4096), start):
+        file.seek(position)
+        if b"\xff\xd9" in file.read():
+            return
+    raise ValueError(f"cut short: the JPEG has no end marker in its {size:,} bytes")
+
+
+def _check_lengths(file: BinaryIO) -> None:
+    """ValueError where a PNG's blocks do not fit the file: OpenCV takes memory for whatever length a block claims."""
+    size, position, kind = file.seek(0, os.SEEK_END), 8, b""
+    for _ in range(MAX_PNG_BLOCKS):
+        file.seek(position)
+        head = file.read(8)
+        kind = head[4:]
+        position += 12 + int.from_bytes(head[:4], "big")
+        if position > size:
+            raise ValueError("cut short: the PNG ends inside a block")
+        if kind == b"IEND":
+            return
+    raise ValueError(f"the PNG has more than {MAX_PNG_BLOCKS:,} blocks")
+
+
+def _check_sums(file: BinaryIO) -> set[bytes]:
+    """The kinds of a PNG's blocks, whose lengths are right; ValueError where one is damaged."""
+    file.seek(0)
+    content, position, kind, kinds = memoryview(file.read()), 8, b"", set()
+    while kind != b"IEND":
+        end = position + 12 + int.from_bytes(content[position : position + 4], "big")
+        kind = bytes(content[position + 4 : position + 8])
+        if zlib.crc32(content[position + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            raise ValueError(f"damaged: the PNG's block {kind!r} has a wrong checksum")
+        kinds.add(kind)
+        position = end
+    return kinds
+
+
+def _check_scans(path: str | Path, data: bytes, size_wh: tuple[int, int]) -> None:
+    """Refuse a progressive JPEG that goes over its pixels for hours; cameras and programs write some ten scans."""
+    if data.startswith(b"\xff\xd8\xff"):
+        scans = data.count(b"\xff\xda")
+        if scans > MAX_SCANS and scans * math.prod(size_wh) > MAX_SCANNED_PIXELS:
+            raise ImageError(
+                f"{relative(path)}: the JPEG has {scans} scans, expected at most {MAX_SCANS}. Save it anew."
+            )
+
+
+def _decoded_by_pillow(path: str | Path, opened: PillowImage.Image, max_pixels: int) -> Image:
+    """For formats that this OpenCV was built without, such as GIF before 4.11; it takes twice OpenCV's memory."""
+    if math.prod(opened.size) > max_pixels // 2:
+        raise ImageError(f"{relative(path)}: OpenCV cannot decode this {opened.format}. Save it as JPEG or PNG.")
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I;16"):
+        grey = (np.asarray(upright, np.uint32) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if upright.mode in ("I", "F"):
+        raise ImageError(f"{relative(path)}: 32-bit pixels have no agreed white. Save the image with 8 or 16 bits.")
+    return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
 
 
 # --------------------------------------------------------------------------------------------------------------- store
@@ -115,6 +259,7 @@ class ImageStore:
     `shapes_hw` are the files' heights and widths; `smooth` averages where an image shrinks (OpenCV's area mode) instead
     of interpolating. With `cache="ram"` the pixels of all images lie in one block that forked workers share;
     `processes` is how many hold such a block on this machine. With `"disk"` they are files in the user's cache folder.
+    An image that cannot be decoded is cached by neither, and `load` raises what is wrong with it.
     """
 
     def __init__(
@@ -126,15 +271,18 @@ class ImageStore:
         smooth: bool,
         cache: Cache | None = None,
         processes: int = 1,
+        max_pixels: int = MAX_PIXELS,
         prefix: str = "",
     ) -> None:
         self.imgsz, self.smooth, self.processes, self.prefix = imgsz, smooth, processes, prefix
+        self.max_pixels = max_pixels
         # arrays, not lists: workers that merely look at an object of a list copy its page
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.shapes_hw = np.array(shapes_hw, np.int64).reshape(-1, 2)
         sizes = [math.prod(resized_hw((h, w), imgsz)) * 3 for h, w in self.shapes_hw.tolist()]
         self._starts = np.cumsum([0, *sizes])
         self._arena: Image | None = None
+        self._broken: dict[int, str] = {}  # of the images in memory
         self._folder: Path | None = None
         if cache == "ram":
             self._fill_memory()
@@ -149,25 +297,33 @@ class ImageStore:
         return os.fsdecode(self._paths[index])
 
     def load(self, index: int) -> Image:
-        """Image `index` resized; read-only where it comes from memory."""
+        """Image `index` resized; read-only where it comes from memory.
+
+        Raises:
+            ImageError: it cannot be decoded, or has another size than when it was scanned.
+        """
+        if index in self._broken:
+            raise ImageError(self._broken[index])
         if self._arena is not None:
             return self._slot(self._arena, index)
         if self._folder is not None:
-            with contextlib.suppress(OSError, ValueError):  # gone or broken since: decode instead
-                image = np.load(self._cache_file(index))
-                if image.dtype == np.uint8 and image.shape == (*self._resized_hw(index), 3):
+            # gone or broken since: decode instead
+            with contextlib.suppress(*UNREADABLE_ARRAY), open(self._cache_file(index), "rb") as file:
+                image = np.lib.format.read_array(file, allow_pickle=False)
+                if image.dtype == np.uint8 and image.shape == (*self.resized_hw(index), 3):
                     return np.asarray(image, np.uint8)
         return self._decode(index)
 
-    def _resized_hw(self, index: int) -> tuple[int, int]:
+    def resized_hw(self, index: int) -> tuple[int, int]:
+        """Height and width that `load` gives."""
         height, width = self.shapes_hw[index].tolist()
         return resized_hw((height, width), self.imgsz)
 
     def _slot(self, arena: Image, index: int) -> Image:
-        return arena[self._starts[index] : self._starts[index + 1]].reshape(*self._resized_hw(index), 3)
+        return arena[self._starts[index] : self._starts[index + 1]].reshape(*self.resized_hw(index), 3)
 
     def _decode(self, index: int) -> Image:
-        image = read_image(self.path(index))
+        image = read_image(self.path(index), self.max_pixels)
         height, width = self.shapes_hw[index].tolist()
         if image.shape[:2] != (height, width):
             raise ImageError(
@@ -175,7 +331,7 @@ class ImageStore:
                 f"{width}x{height} were found when the labels were scanned. Leave images alone during a run; if nobody "
                 "changed this one, save it anew."
             )
-        new_h, new_w = self._resized_hw(index)
+        new_h, new_w = self.resized_hw(index)
         if (new_h, new_w) == (height, width):
             return image
         shrinks = max(new_h, new_w) < max(height, width)
@@ -193,7 +349,12 @@ class ImageStore:
         arena = np.empty(int(self._starts[-1]), np.uint8)
 
         def fill(index: int) -> None:
-            self._slot(arena, index)[...] = self._decode(index)
+            try:
+                self._slot(arena, index)[...] = self._decode(index)
+            except ImageGone:
+                raise
+            except ImageError as error:
+                self._broken[index] = str(error)
 
         self._for_all(fill, f"{needed / 2**30:.2f} GiB in memory")
         arena.flags.writeable = False
@@ -219,13 +380,22 @@ class ImageStore:
         """Named after the image's place, how it is resized, and its size and time of change: a changed image misses."""
         assert self._folder is not None
         path = os.path.realpath(self.path(index))
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise ImageGone(f"{relative(path)}: cannot be read ({error.strerror}).") from None
         place = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
         how = "area" if self.smooth else "linear"
         return self._folder / f"{place}-{self.imgsz}-{how}" / f"{stat.st_size:x}-{stat.st_mtime_ns:x}.npy"
 
     def _write(self, index: int) -> None:
-        file, image = self._cache_file(index), self._decode(index)
+        file = self._cache_file(index)
+        try:
+            image = self._decode(index)
+        except ImageGone:
+            raise
+        except ImageError:  # `load` says it again
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         for stale in file.parent.glob("*.npy"):
             stale.unlink(missing_ok=True)

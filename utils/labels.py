@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import stat
+import struct
 import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
 from utils.config import DatasetSpec, UserError
 from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape
 from utils.runtime import LOGGER, rank, relative
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
-MIN_SIDE = 10  # pixels; smaller images are taken for damaged ones
 TOLERANCE = 1e-3  # coordinates this far outside 0..1 are rounding of the labelling tool, and are clipped
-CACHE_VERSION = 1  # raised when a scan's result changes for the same files
+MAX_LABEL_BYTES, MAX_LABELS = 8 << 20, 100_000  # of one image; reading takes up to 60 bytes of memory per byte
+MAX_CLASS = 1 << 24  # labels are float32, which holds no larger number exactly
+ERRORS_KEPT = 50  # of one label file
+CACHE_VERSION = 2  # raised when a scan's result changes for the same files
 CACHE_SUFFIX = ".labels.npz"  # not upstream's `.cache`, which holds pickles
+CACHE_BYTES_PER_IMAGE = 200_000  # as if every image had 5,000 boxes, or 20,000 points of polygons
 MESSAGES_SHOWN = 20
 
 Floats = npt.NDArray[np.float32]
@@ -149,21 +153,35 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
 
     A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, all but the class in 0..1; both may be mixed. A
     polygon's box is the extent of its points. Repeated boxes and those without an area are left out with a note.
-    `num_classes` None allows any class. Coordinates at most 0.001 outside are clipped.
+    `num_classes` None allows any class. Coordinates at most 0.001 outside are clipped. Numbers are those of ASCII:
+    Python would also take `1_0` and the digits of other scripts. A file larger than 8 MB or with more than 100,000 rows
+    is an error; of more than 50 errors, and of as many notes, the rest is only said to exist.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MAX_LABEL_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         return ParsedLabels()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return ParsedLabels(errors=(f"{relative(path)}: cannot be read as labels ({error}).",))
-    boxes, polygons, numbers, errors, is_outlined = [], [], [], [], False
-    for number, tokens in enumerate(map(str.split, text.splitlines()), 1):
+    if len(content) > MAX_LABEL_BYTES:
+        return ParsedLabels(
+            errors=(f"{relative(path)}: more than {MAX_LABEL_BYTES >> 20} MB of labels for one image.",)
+        )
+    numbers: list[int] = []
+    boxes, polygons, errors, is_outlined = [], [], [], False
+    for number, tokens in enumerate(map(str.split, _lines(text)), 1):
         if not tokens:
             continue
         values, problem = _parse_row(tokens, num_classes, names_file)
+        if len(numbers) == MAX_LABELS:
+            problem = f"more than {MAX_LABELS:,} labels for one image."
         if problem:
             errors.append(f"{relative(path)}:{number}: {problem}")
+            if len(errors) == ERRORS_KEPT or len(numbers) == MAX_LABELS:
+                errors.append(f"{relative(path)}: the lines after {number} were not looked at.")
+                break
             continue
         is_outlined |= len(values) > 5
         box, polygon = _box_and_polygon([min(max(value, 0.0), 1.0) for value in values[1:]])
@@ -178,6 +196,11 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
     return ParsedLabels(labels[keep], segments, notes=notes)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines as editors count them, one by one; `splitlines` also breaks at a dozen control characters."""
+    yield from io.StringIO(text, newline=None)
+
+
 def _parse_row(tokens: list[str], num_classes: int | None, names_file: str) -> tuple[list[float], str]:
     """The row's numbers, or what is wrong with it."""
     values = []
@@ -185,20 +208,28 @@ def _parse_row(tokens: list[str], num_classes: int | None, names_file: str) -> t
         try:
             values.append(float(token))
         except ValueError:
-            return [], f"{token!r} is not a number. Write `class cx cy w h`."
+            return [], f"{_short(token)!r} is not a number. Write `class cx cy w h`."
+    if not all(map(str.isascii, tokens)) or any("_" in token for token in tokens):
+        wrong = next(token for token in tokens if "_" in token or not token.isascii())
+        return [], f"{_short(wrong)!r} is not a number. Write it with the digits 0 to 9 and a point."
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
         hint = " (the last a confidence, from --save-conf?)" if len(values) == 6 else ""
         return [], f"{len(values)} numbers{hint}. Write `class cx cy w h`, or a class and 3 or more points x y."
     label = values[0]
-    if not label.is_integer() or label < 0:
-        return [], f"class {tokens[0]} is not a whole number from 0."
+    if not label.is_integer() or not 0 <= label < MAX_CLASS:
+        return [], f"class {_short(tokens[0])} is not a whole number from 0 to {MAX_CLASS - 1}."
     if num_classes is not None and label >= num_classes:
         known = f"{names_file} names {num_classes} class{'es' * (num_classes != 1)}"
         return [], f"class {int(label)} is outside 0..{num_classes - 1} ({known}). Fix the label or add a name."
     for token, value in zip(tokens[1:], values[1:]):
         if not -TOLERANCE <= value <= 1 + TOLERANCE:  # true for nan as well
-            return [], f"coordinate {token} is outside 0..1. Divide x and widths by the image's width, y by its height."
+            advice = "Divide x and widths by the image's width, y by its height."
+            return [], f"coordinate {_short(token)} is outside 0..1. {advice}"
     return values, ""
+
+
+def _short(token: str) -> str:
+    return token if len(token) <= 40 else f"{token[:40]}..."
 
 
 def _box_and_polygon(values: list[float]) -> tuple[tuple[float, ...], list[tuple[float, float]]]:
@@ -223,74 +254,22 @@ def _worth_keeping(labels: Floats, numbers: list[int], path: str | Path) -> tupl
             notes.append(f"{relative(path)}:{numbers[index]}: repeats line {numbers[first]}; label left out.")
         else:
             keep[row.tobytes()] = index
+    if len(notes) > ERRORS_KEPT:
+        notes[ERRORS_KEPT:] = [f"{relative(path)}: {len(notes) - ERRORS_KEPT} more labels left out for these reasons."]
     return list(keep.values()), tuple(notes)
-
-
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def image_shape(path: str | Path) -> tuple[int, int]:
-    """Height and width in pixels, upright by EXIF, of a whole image; JPEG and PNG are not decoded for it.
-
-    Raises:
-        UserError: missing, empty, cut short, not an image, or a side under 10 pixels.
-    """
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise UserError(f"{relative(path)}: the image file is empty (0 bytes).")
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            has_exif = True
-            if image.format in ("JPEG", "MPO"):
-                _check_jpeg(file)
-            elif image.format == "PNG":
-                has_exif = b"eXIf" in _check_png(file)
-            else:
-                image.load()
-            # Pillow decodes a whole PNG to look for EXIF, so it is asked only where there is some
-            if has_exif and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientation: a quarter turn
-                width, height = height, width
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{relative(path)}: not a readable image ({reason.replace(str(path), 'the file')}).") from None
-    if min(width, height) < MIN_SIDE:
-        raise UserError(f"{relative(path)}: {width} x {height} pixels; images need at least {MIN_SIDE} each way.")
-    return height, width
-
-
-def _check_jpeg(file: BinaryIO) -> None:
-    """ValueError where no end marker follows the header, in which a thumbnail may have one of its own."""
-    start = file.tell()  # Pillow has read up to the pixels
-    for position in (max(start, os.fstat(file.fileno()).st_size - 4096), start):
-        file.seek(position)
-        if b"\xff\xd9" in file.read():
-            return
-    raise ValueError("cut short: the JPEG has no end marker")
-
-
-def _check_png(file: BinaryIO) -> set[bytes]:
-    """The kinds of a PNG's blocks; ValueError where they are incomplete or damaged."""
-    file.seek(0)
-    content, position, kind, kinds = file.read(), 8, b"", set()
-    while kind != b"IEND":
-        length = int.from_bytes(content[position : position + 4], "big")
-        kind = content[position + 4 : position + 8]
-        end = position + 12 + length
-        if end > len(content):
-            raise ValueError("cut short: the PNG ends inside a block")
-        block = memoryview(content)[position + 4 : end - 4]
-        if zlib.crc32(block) != int.from_bytes(content[end - 4 : end], "big"):
-            raise ValueError(f"damaged: the PNG's block {kind!r} has a wrong checksum")
-        kinds.add(kind)
-        position = end
-    return kinds
 
 
 # ----------------------------------------------------------------------------------------------------------------- scan
 
 
 def scan(
-    sources: Sequence[Path], spec: DatasetSpec, *, single_cls: bool = False, workers: int = 8, prefix: str = ""
+    sources: Sequence[Path],
+    spec: DatasetSpec,
+    *,
+    single_cls: bool = False,
+    workers: int = 8,
+    max_pixels: int = MAX_PIXELS,
+    prefix: str = "",
 ) -> Scan:
     """Read and check all images of `sources` and their labels, from the cache where nothing has changed since.
 
@@ -303,11 +282,11 @@ def scan(
     files = [str(file) for file in image_files(sources)]
     num_classes, names_file = None if single_cls else spec.num_classes, relative(spec.path)
     title = f"{prefix}Scanning {', '.join(map(relative, sources))}"
-    places, key = _cache_places(sources), _cache_key(files, num_classes, names_file)
-    table = _Table.read(places, key)
+    places, key = _cache_places(sources), _cache_key(files, num_classes, names_file, max_pixels)
+    table = _Table.read(places, key, len(files), num_classes or MAX_CLASS)
     if table is None:
         with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
-            work = pool.map(lambda file: _examine(file, num_classes, names_file), files)
+            work = pool.map(lambda file: _examine(file, num_classes, names_file, max_pixels), files)
             table = _Table.build(tqdm(work, title, len(files), leave=False, disable=rank() > 0 or None))
         table.write(places, key)
     found, empty, missing, corrupt = np.bincount(table.status, minlength=4).tolist()
@@ -326,13 +305,13 @@ class _Examined(NamedTuple):
     messages: tuple[str, ...] = ()
 
 
-def _examine(file: str, num_classes: int | None, names_file: str) -> _Examined:
+def _examine(file: str, num_classes: int | None, names_file: str, max_pixels: int) -> _Examined:
     """What is known of one image and its label file after reading both."""
     place = label_path(file)
     labels = parse_label_file(place, num_classes, names_file=names_file)
     errors = list(labels.errors)
     try:
-        shape_hw = image_shape(file)
+        shape_hw = image_shape(file, max_pixels)
     except UserError as error:
         errors, shape_hw = [str(error)], (0, 0)
     if errors:
@@ -342,6 +321,9 @@ def _examine(file: str, num_classes: int | None, names_file: str) -> _Examined:
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
+
+
+UNREADABLE_CACHE = (*UNREADABLE_ARRAY, RuntimeError, struct.error, zipfile.BadZipFile)  # what zipfile raises, too
 
 
 @dataclass(frozen=True)
@@ -387,23 +369,50 @@ class _Table:
         ]
 
     @classmethod
-    def read(cls, places: Sequence[Path], key: str) -> _Table | None:
-        """The table cached under this key, or None."""
-        unreadable = (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            AttributeError,
-            TypeError,
-            zipfile.BadZipFile,
-            zlib.error,
-        )
+    def read(cls, places: Sequence[Path], key: str, num_images: int, num_classes: int) -> _Table | None:
+        """The table cached under this key, or None where there is none, or it is not one that `build` could make."""
+        names = [item.name for item in fields(cls)]
         for place in places:
-            with contextlib.suppress(*unreadable), np.load(place) as stored:  # numpy refuses pickles by itself
-                if str(stored["key"]) == key:
-                    return cls(**{field.name: stored[field.name] for field in fields(cls)})
+            with contextlib.suppress(*UNREADABLE_CACHE), zipfile.ZipFile(place) as archive:
+                # stored as they are, and so no larger than the file, which is no larger than the images are many
+                if place.stat().st_size > CACHE_BYTES_PER_IMAGE * (num_images + 1):
+                    continue
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    continue
+                if str(_stored_array(archive, "key")) == key:
+                    table = cls(**{name: _stored_array(archive, name) for name in names})
+                    if table.is_sound(num_images, num_classes):
+                        return table
         return None
+
+    def is_sound(self, num_images: int, num_classes: int) -> bool:
+        """Whether the arrays have the kinds and lengths, and the numbers the ranges, that a scan gives."""
+        kinds = (
+            (self.status, np.int8, (num_images,)),
+            (self.shapes_hw, np.int32, (num_images, 2)),
+            (self.label_counts, np.int32, (num_images,)),
+            (self.labels, np.float32, (len(self.labels), 5)),
+            (self.segment_counts, np.int32, (num_images,)),
+            (self.point_counts, np.int32, (len(self.point_counts),)),
+            (self.points, np.float32, (len(self.points), 2)),
+        )
+        if any(array.dtype != dtype or array.shape != shape for array, dtype, shape in kinds):
+            return False
+        if self.messages.ndim != 1 or self.messages.dtype.kind != "U":
+            return False
+        usable = self.status != CORRUPT
+        classes, places = self.labels[:, 0], (self.labels[:, 1:], self.points)
+        return bool(
+            np.isin(self.status, (FOUND, EMPTY, MISSING, CORRUPT)).all()
+            and (self.shapes_hw[usable] >= MIN_SIDE).all()
+            and _adds_up(self.label_counts, len(self.labels))
+            and _adds_up(self.segment_counts, len(self.point_counts))
+            and _adds_up(self.point_counts, len(self.points))
+            and ((self.segment_counts == 0) | (self.segment_counts == self.label_counts)).all()
+            and (self.point_counts >= 3).all()
+            and ((classes >= 0) & (classes < num_classes) & (classes == np.floor(classes))).all()  # false for nan
+            and all(((values >= 0) & (values <= 1)).all() for values in places)
+        )
 
     def write(self, places: Sequence[Path], key: str) -> None:
         """Keep the table in the first of the places that can be written."""
@@ -421,6 +430,15 @@ class _Table:
         LOGGER.warning(f"The labels could not be cached, they will be read again next time: {problem}")
 
 
+def _stored_array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _adds_up(counts: npt.NDArray[np.int32], total: int) -> bool:
+    return bool((counts >= 0).all()) and int(counts.sum(dtype=np.int64)) == total
+
+
 def _cache_places(sources: Sequence[Path]) -> list[Path]:
     """Where a cache may be: beside the labels or the list, else in the user's cache folder."""
     name = "\0".join(os.path.abspath(source) for source in sources)
@@ -435,9 +453,11 @@ def _cache_places(sources: Sequence[Path]) -> list[Path]:
     return places
 
 
-def _cache_key(files: Sequence[str], num_classes: int | None, names_file: str) -> str:
+def _cache_key(files: Sequence[str], num_classes: int | None, names_file: str, max_pixels: int) -> str:
     """A digest of everything a scan depends on: images and labels by path, size and time."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {num_classes} {names_file}\0".encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(
+        f"{CACHE_VERSION} {num_classes} {max_pixels} {names_file}\0".encode("utf-8", "surrogateescape")
+    )
     for file in files:
         for path in (file, str(label_path(file))):
             digest.update(path.encode("utf-8", "surrogateescape") + b"\0")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -17,20 +16,22 @@ from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 from urllib.request import urlopen
 
 import cv2
 import numpy as np
 
-from utils.capture import StreamReader, frames_per_second, next_frame
+from utils.capture import StreamReader, frame_count, frames_per_second, next_frame, split_address
 from utils.config import UserError
-from utils.images import ImageError, read_image
+from utils.downloads import download
+from utils.images import MAX_PIXELS, ImageError, read_image
 from utils.labels import IMAGE_SUFFIXES
 from utils.runtime import LOGGER, relative
 
 VIDEO_SUFFIXES = (".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".wmv")
 STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://")
+MAX_NAME_BYTES = 200  # of a fetched file; most systems hold 255, and its temporary name is longer
 GRACE = 0.5  # seconds the other streams are waited for once one has a new frame
 ItemT = TypeVar("ItemT")
 Rounds = Generator[list["Frame"], None, None]
@@ -88,13 +89,15 @@ class Source:
         self.skipped.append(message)
 
 
-def open_source(source: str | int | Path | Sequence[str | Path], vid_stride: int = 1) -> Source:
+def open_source(
+    source: str | int | Path | Sequence[str | Path], vid_stride: int = 1, max_pixels: int = MAX_PIXELS
+) -> Source:
     """The frames a `--source` stands for.
 
     A file, a folder (not what is in its folders; images first, then videos), a glob (`**` goes deep), a `.txt` with one
     image, video or folder per line, a list of these, an http(s) address of an image or video, a webcam's number, an
     rtsp, rtmp or http stream, a `.streams` file with one of these per line, or `screen [n] [left top width height]`.
-    Of videos and streams every `vid_stride`-th frame is taken.
+    Of videos and streams every `vid_stride`-th frame is taken. Image files of more than `max_pixels` are not read.
 
     Raises:
         UserError: it is not there, cannot be opened, or holds no image or video.
@@ -102,7 +105,7 @@ def open_source(source: str | int | Path | Sequence[str | Path], vid_stride: int
     if vid_stride < 1:
         raise UserError(f"--vid-stride {vid_stride}: expected 1 or more.")
     if not isinstance(source, (str, int, Path)):
-        return files([path for entry in source for path in _expand(str(entry))], vid_stride)
+        return files([path for entry in source for path in _expand(str(entry))], vid_stride, max_pixels)
     text = str(source).strip()
     if not text:
         raise UserError("--source is empty: give a file, a folder, an address or a webcam's number.")
@@ -113,12 +116,12 @@ def open_source(source: str | int | Path | Sequence[str | Path], vid_stride: int
     if text.isdecimal():
         return streams([text], vid_stride)
     if text.lower().startswith(STREAM_SCHEMES):
-        if _suffix(urlsplit(text).path) not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
+        if _suffix(split_address(text).path) not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
             return streams([text], vid_stride)
-        return files([_fetch(text)], vid_stride)
+        return files([_fetch(text)], vid_stride, max_pixels)
     if _suffix(text) == ".streams":
-        return streams([line for _, line in _lines(Path(text))], vid_stride)
-    return files(_expand(text), vid_stride)
+        return streams([line for _, line in _lines(Path(os.path.expanduser(text)))], vid_stride)
+    return files(_expand(text), vid_stride, max_pixels)
 
 
 def _suffix(path: str | Path) -> str:
@@ -127,17 +130,18 @@ def _suffix(path: str | Path) -> str:
 
 def _fetch(url: str) -> Path:
     """An image or video from the web, saved in the working directory under its own name; one already there is used."""
-    name = Path(unquote(urlsplit(url).path).replace("\\", "/")).name
+    name = Path(unquote(split_address(url).path).replace("\\", "/")).name
+    if "\0" in name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise UserError(f"{url}: no file can have this name. Save it yourself and give its path.")
     target = Path.cwd() / name
     if target.is_file():
         LOGGER.info(f"using {name} in the working directory instead of fetching it again")
         return target
     partial = target.with_name(f".{name}.{os.getpid()}.partial")
     try:
-        with urlopen(url, timeout=30) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
+        download(url, partial, label=name, opener=lambda address: urlopen(address, timeout=30))
         os.replace(partial, target)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: another length, or letters no address has
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url}: not fetched ({reason}). Save the file yourself and give its path.") from None
     finally:
@@ -150,10 +154,10 @@ def _fetch(url: str) -> Path:
 
 def _expand(text: str) -> list[Path]:
     """The images and videos a path, glob or list file stands for, images first."""
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):  # unlike Path.is_dir, false for a name no file can have
         return _media(path.iterdir(), f"{text}: no image or video in this folder.", deeper=path)
-    if path.is_file():
+    if os.path.isfile(path):
         if _suffix(path) == ".txt":
             return _listed(path)
         if _suffix(path) not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
@@ -184,9 +188,9 @@ def _known_suffixes() -> str:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Numbered lines of a list file, without empty ones and `#` comments."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL, or not UTF-8
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: cannot be read ({reason}).") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
@@ -201,9 +205,12 @@ def _listed(file: Path) -> list[Path]:
     for number, line in _lines(file):
         if line.isdecimal() or line.lower().startswith(STREAM_SCHEMES):
             raise UserError(f"{relative(file)}:{number}: {line} is a stream. Rename the list to end in .streams.")
+        if _suffix(line) == ".txt":
+            raise UserError(f"{relative(file)}:{number}: {line} is a list too. Write its lines here.")
         beside = file.parent / line
-        here = Path(line).expanduser()
-        chosen = beside if line.startswith("./") or (not here.exists() and beside.exists()) else here
+        here = os.path.expanduser(line)
+        at_list = line.startswith("./") or (not os.path.exists(here) and os.path.exists(beside))
+        chosen = beside if at_list else here
         try:
             paths += _expand(str(chosen))
         except UserError as error:
@@ -211,12 +218,12 @@ def _listed(file: Path) -> list[Path]:
     return paths
 
 
-def files(paths: Sequence[Path], vid_stride: int = 1) -> Source:
+def files(paths: Sequence[Path], vid_stride: int = 1, max_pixels: int = MAX_PIXELS) -> Source:
     """Images and videos. One that cannot be read is skipped and counted; with nothing else to read it is an error."""
-    return Source("files", len(paths), lambda source: _file_rounds(source, paths, vid_stride))
+    return Source("files", len(paths), lambda source: _file_rounds(source, paths, vid_stride, max_pixels))
 
 
-def _file_rounds(source: Source, paths: Sequence[Path], vid_stride: int) -> Rounds:
+def _file_rounds(source: Source, paths: Sequence[Path], vid_stride: int, max_pixels: int) -> Rounds:
     any_frame = False
     for number, path in enumerate(paths, 1):
         place = f"{number}/{len(paths)}"
@@ -226,7 +233,7 @@ def _file_rounds(source: Source, paths: Sequence[Path], vid_stride: int) -> Roun
                     any_frame = True
                     yield [frame]
             else:
-                image = read_image(path)
+                image = read_image(path, max_pixels)
                 any_frame = True
                 yield [Frame(str(path), image, "image", prefix=f"image {place} {path}: ")]
         except ImageError as error:
@@ -243,7 +250,7 @@ def _video_frames(source: Source, path: Path, place: str, stride: int) -> Iterat
     try:
         if not capture.isOpened():
             raise ImageError(f"{path}: cannot be opened as a video. It may be damaged, or in a format OpenCV lacks.")
-        total = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        total = frame_count(capture)
         fps = frames_per_second(capture)
         read = 0
         while True:
@@ -310,7 +317,7 @@ def _stream_frame(reader: StreamReader, image: np.ndarray, number: int, vid_stri
 def screen(text: str) -> Source:
     """Pictures of the screen: `screen`, then optionally its number, then optionally left, top, width and height."""
     words = text.split()[1:]
-    if len(words) not in (0, 1, 4, 5) or not all(re.fullmatch(r"-?\d+", word) for word in words):
+    if len(words) not in (0, 1, 4, 5) or not all(re.fullmatch(r"-?\d{1,6}", word) for word in words):
         raise UserError(f"--source '{text}': expected screen [number] [left top width height], all whole numbers.")
     numbers = [int(word) for word in words]
     number = numbers[0] if len(numbers) in (1, 5) else 0

@@ -108,7 +108,12 @@ def build_loaders(
     Validation has twice the batch: without gradients it needs less memory.
     """
     common: dict[str, Any] = dict(
-        imgsz=options.imgsz, stride=stride, single_cls=options.single_cls, workers=options.workers, rect=options.rect
+        imgsz=options.imgsz,
+        stride=stride,
+        single_cls=options.single_cls,
+        workers=options.workers,
+        rect=options.rect,
+        max_pixels=options.max_megapixels * 1_000_000,
     )
     cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
     per_process = options.batch_size // world_size()

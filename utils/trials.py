@@ -27,7 +27,11 @@ from utils.training import HYP_OWNERS
 
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
-SHARED = ("data", "single_cls")  # must be the same for all: arms are judged on the same images and classes
+SHARED = (
+    "data",
+    "single_cls",
+    "max_megapixels",
+)  # must be the same for all: arms are judged on the same images and classes
 MOVE_AWAY = "Move the folder away, or give --name a new name."
 MAX_SEEDS = 10_000
 MAX_NAME_BYTES = 200  # of an arm's folder; file systems take 255 for a name, and pictures are named after it, too
