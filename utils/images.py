@@ -192,15 +192,17 @@ def _check_end(file: BinaryIO) -> None:
 
 def _check_lengths(file: BinaryIO) -> None:
     """ValueError where a PNG's blocks do not fit the file: OpenCV takes memory for whatever length a block claims."""
-    size, position, kind = file.seek(0, os.SEEK_END), 8, b""
+    size, position, has_pixels = file.seek(0, os.SEEK_END), 8, False
     for _ in range(MAX_PNG_BLOCKS):
         file.seek(position)
         head = file.read(8)
-        kind = head[4:]
+        has_pixels |= head[4:] == b"IDAT"
         position += 12 + int.from_bytes(head[:4], "big")
         if position > size:
             raise ValueError("cut short: the PNG ends inside a block")
-        if kind == b"IEND":
+        if head[4:] == b"IEND":
+            if not has_pixels:  # OpenCV would go on looking for them behind the end
+                raise ValueError("the PNG has no pixels")
             return
     raise ValueError(f"the PNG has more than {MAX_PNG_BLOCKS:,} blocks")
 

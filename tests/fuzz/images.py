@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
 from collections.abc import Callable
@@ -105,8 +106,8 @@ def _damage_png(rng: np.random.Generator, data: bytes) -> bytes:
             names = (b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"gAMA", b"IDAT", b"IEND")
             blocks[at] = names[int(rng.integers(0, len(names)))], body
         elif what == 4 and kind == b"IDAT":
-            raw = zlib.decompressobj().decompress(body)
-            blocks[at] = kind, zlib.compress(damage_bytes(rng, raw))
+            with contextlib.suppress(zlib.error):  # damaged in an earlier round
+                blocks[at] = kind, zlib.compress(damage_bytes(rng, zlib.decompress(body)))
         else:
             blocks[at] = kind, zlib.compress(bytes(int(rng.integers(0, 2**24))))  # what unpacks to much
     out = bytearray(data[:8])
