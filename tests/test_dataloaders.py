@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -292,17 +293,91 @@ def test_batches_arrive_in_page_locked_memory(tiny_dataset: TinyDataset) -> None
 # --- what bad input gets ----------------------------------------------------------------------------------------------
 
 
+def spoil(file: Path) -> None:
+    """Make a PNG that a scan lets pass, for it is whole and its sums are right, and that cannot be decoded."""
+    data = file.read_bytes()
+    place = data.index(b"IDAT")
+    length = int.from_bytes(data[place - 4 : place], "big")
+    block = b"IDAT" + bytes(length)
+    file.write_bytes(data[:place] + block + zlib.crc32(block).to_bytes(4, "big") + data[place + 8 + length :])
+
+
 @pytest.mark.parametrize("workers", (0, 2))
-def test_an_image_that_broke_after_the_scan_stops_the_run_with_its_name(
-    workers: int, own_tiny_dataset: TinyDataset
+@pytest.mark.parametrize("augment", (True, False))
+def test_an_image_that_is_gone_since_the_scan_stops_the_run_with_its_name(
+    augment: bool, workers: int, own_tiny_dataset: TinyDataset
 ) -> None:
     before = set(multiprocessing.active_children())
-    loader, _ = build(own_tiny_dataset, "train", imgsz=64, batch_size=2, workers=workers)
-    own_tiny_dataset.train[3].write_bytes(b"\x89PNG not any more")
-    with pytest.raises(ImageError, match=r"train3\.png: not a readable image") as caught:
+    loader, _ = build(own_tiny_dataset, imgsz=64, batch_size=2, workers=workers, augment=augment, hyp=STRONG)
+    own_tiny_dataset.train[3].unlink()
+    with pytest.raises(ImageError, match=r"train3\.png: cannot be read \(No such file") as caught:
         list(loader)
     assert "Traceback" not in str(caught.value)
     assert set(multiprocessing.active_children()) <= before, "workers were left running"
+
+
+@pytest.mark.parametrize("cache", (None, "ram", "disk"))
+@pytest.mark.parametrize("hyp", (STRONG, dict(mosaic=0.0), dict(mosaic=1.0, mixup=1.0)))
+def test_in_training_the_next_image_stands_for_one_that_cannot_be_decoded(
+    hyp: dict[str, float],
+    cache: Any,
+    own_tiny_dataset: TinyDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
+) -> None:
+    monkeypatch.setenv("YOLOV5_CACHE_DIR", str(tmp_path / "cache"))
+    files = own_tiny_dataset.train
+    spoil(files[3])
+    spoil(files[7])  # the last one: the first one stands for it
+    options = {**TRAIN, "hyp": hyp, "cache": cache}
+    loaders = [build(own_tiny_dataset, **options, workers=workers)[0] for workers in (0, 2)]
+    epochs = [[list(loader) for _ in range(2)] for loader in loaders]
+    assert sum(len(batch) for batch in epochs[0][0]) == 8
+    assert all(same(a, b) for first, second in zip(*epochs) for a, b in zip(first, second))
+    warnings = [line for line in said if "cannot be decoded" in line]
+    assert len(warnings) == 2, "one line per run, however many epochs"
+    for line in warnings:
+        assert "2 of the images passed the scan but cannot be decoded; others took their places" in line
+        assert "train3.png" in line and "train7.png" in line
+    for loader in loaders:
+        loader.close()
+    for broken, other in ((3, 4), (7, 0)):
+        files[broken].write_bytes(files[other].read_bytes())
+        label = own_tiny_dataset.root / "labels/train"
+        (label / f"train{broken}.txt").write_bytes((label / f"train{other}.txt").read_bytes())
+    whole, _ = build(own_tiny_dataset, **options, workers=0)
+    for batch, expected in zip(epochs[0][0], whole):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.targets, expected.targets)
+
+
+def test_training_ends_where_no_image_can_be_decoded(own_tiny_dataset: TinyDataset) -> None:
+    for file in own_tiny_dataset.train:
+        spoil(file)
+    loader, _ = build(own_tiny_dataset, **TRAIN, workers=0)
+    with pytest.raises(UserError, match=r"none of the 8 images can be decoded\. .*train\d\.png: not a readable"):
+        list(loader)
+
+
+@pytest.mark.parametrize("cache", (None, "ram", "disk"))
+@pytest.mark.parametrize("workers", (0, 2))
+def test_in_validation_an_image_that_cannot_be_decoded_is_grey_and_keeps_its_labels(
+    workers: int, cache: Any, own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setenv("YOLOV5_CACHE_DIR", str(own_tiny_dataset.root / "cache"))
+    options: dict[str, Any] = dict(imgsz=64, batch_size=4, rect=True, pad=0.5, workers=workers)
+    whole = list(build(own_tiny_dataset, **options)[0])
+    spoil(own_tiny_dataset.train[2])
+    loader, _ = build(own_tiny_dataset, **options, cache=cache)
+    for _ in range(2):
+        for batch, before in zip(loader, whole):
+            assert torch.equal(batch.targets, before.targets) and batch.paths == before.paths
+            assert batch.letterboxes == before.letterboxes
+            for path, image, old in zip(batch.paths, batch.images, before.images):
+                assert bool((image == 114).all()) if path.endswith("train2.png") else torch.equal(image, old)
+    loader.close()
+    (line,) = (line for line in said if "cannot be decoded" in line)
+    assert "1 of the images" in line and "judged as grey, their objects as missed" in line and "train2.png" in line
 
 
 def test_missing_images_name_the_line_of_the_yaml_and_a_way_out(tmp_path: Path) -> None:

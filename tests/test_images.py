@@ -19,7 +19,7 @@ from PIL import Image as PillowImage
 
 from utils import images
 from utils.config import UserError
-from utils.images import ImageError, ImageStore, read_image, resized_hw
+from utils.images import ImageError, ImageGone, ImageStore, read_image, resized_hw
 
 RAMP = np.linspace(0, 255, 60 * 80).reshape(60, 80).astype(np.uint8)
 RGB = np.dstack((RAMP, np.flipud(RAMP), 255 - RAMP))
@@ -229,8 +229,12 @@ def test_a_changed_image_is_not_taken_from_the_disk_cache(files: list[Path], own
 def test_a_broken_file_in_the_disk_cache_is_decoded_instead(files: list[Path], own_cache: Path) -> None:
     expected = make_store(files).load(1)
     store = make_store(files, "disk")
+    for size in (200, 127, 0):
+        for file in own_cache.rglob("*.npy"):
+            file.write_bytes(file.read_bytes()[:size])
+        assert np.array_equal(store.load(1), expected)
     for file in own_cache.rglob("*.npy"):
-        file.write_bytes(file.read_bytes()[:200])
+        np.save(file, np.zeros((64, 40, 3), np.float32))
     assert np.array_equal(store.load(1), expected)
     shutil.rmtree(own_cache)
     assert np.array_equal(store.load(1), expected)
@@ -253,11 +257,28 @@ def test_available_memory_is_known_on_linux() -> None:
     assert available is not None and 2**20 < available < 2**50
 
 
-def test_a_broken_image_ends_caching_with_its_name(files: list[Path]) -> None:
+@pytest.mark.parametrize("cache", ("ram", "disk"))
+def test_a_broken_image_is_not_cached_and_says_so_when_it_is_wanted(
+    cache: images.Cache, files: list[Path], own_cache: Path
+) -> None:
     shapes = [read_image(file).shape[:2] for file in files]
     files[2].write_bytes(b"")
-    with pytest.raises(ImageError, match=re.escape(f"{files[2].name}: the image file is empty")):
-        ImageStore([str(f) for f in files], shapes, 64, smooth=True, cache="ram")
+    store = ImageStore([str(f) for f in files], shapes, 64, smooth=True, cache=cache)
+    for index in (0, 1, 3):
+        assert store.load(index).any()
+    for _ in range(2):
+        with pytest.raises(ImageError, match=re.escape(f"{files[2].name}: the image file is empty")):
+            store.load(2)
+
+
+@pytest.mark.parametrize("cache", ("ram", "disk"))
+def test_an_image_that_is_gone_ends_caching_with_its_name(
+    cache: images.Cache, files: list[Path], own_cache: Path
+) -> None:
+    shapes = [read_image(file).shape[:2] for file in files]
+    files[2].unlink()
+    with pytest.raises(ImageGone, match=re.escape(f"{files[2].name}: cannot be read (No such file")):
+        ImageStore([str(f) for f in files], shapes, 64, smooth=True, cache=cache)
 
 
 def test_an_image_whose_size_changed_since_the_scan_is_refused(files: list[Path]) -> None:
