@@ -160,15 +160,13 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_LABEL_BYTES + 1)
+        if len(content) > MAX_LABEL_BYTES:
+            raise ValueError(f"more than {MAX_LABEL_BYTES >> 20} MB of them for one image")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         return ParsedLabels()
     except (OSError, ValueError) as error:
         return ParsedLabels(errors=(f"{relative(path)}: cannot be read as labels ({error}).",))
-    if len(content) > MAX_LABEL_BYTES:
-        return ParsedLabels(
-            errors=(f"{relative(path)}: more than {MAX_LABEL_BYTES >> 20} MB of labels for one image.",)
-        )
     numbers: list[int] = []
     boxes, polygons, errors, is_outlined = [], [], [], False
     for number, tokens in enumerate(map(str.split, _lines(text)), 1):
@@ -209,7 +207,8 @@ def _parse_row(tokens: list[str], num_classes: int | None, names_file: str) -> t
             values.append(float(token))
         except ValueError:
             return [], f"{_short(token)!r} is not a number. Write `class cx cy w h`."
-    if not all(map(str.isascii, tokens)) or any("_" in token for token in tokens):
+    whole = "".join(tokens)
+    if "_" in whole or not whole.isascii():
         wrong = next(token for token in tokens if "_" in token or not token.isascii())
         return [], f"{_short(wrong)!r} is not a number. Write it with the digits 0 to 9 and a point."
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
