@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.fuzz.damage import damage_bytes
 from utils import capture
 from utils.capture import stream_name
 from utils.config import UserError
@@ -129,6 +130,30 @@ def test_python_lists_keep_their_order(tmp_path: Path) -> None:
         ("empty.txt", "lists nothing"),
         ("https://www.youtube.com/watch?v=1", "YouTube"),
         ("screen 1 2", "left top width height"),
+        ("screen " + "9" * 5000, "left top width height"),
+        ("a" * 300 + ".jpg", "no such file or folder"),
+        ("a" * 300 + ".txt", "no such file or folder"),
+        ("a" * 300 + "*.jpg", "matches no image or video"),
+        ("a\0b.jpg", "no such file or folder"),
+        ("a\0b*.jpg", "matches no image or video"),
+        ("a\0b.streams", "cannot be read"),
+        ("a" * 300 + ".streams", r"cannot be read \(File name too long"),
+        ("~nosuchuser/a.jpg", "no such file or folder"),
+        ("~nosuchuser/a.streams", "cannot be read"),
+        ("loop.txt", "loop.txt:1: loop.txt is a list too"),
+        ("odd.txt", r"odd\.txt:1: .*no such file or folder"),
+        ("latin.txt", r"latin\.txt: cannot be read \('utf-8' codec"),
+        ("odd.streams", "webcams have smaller numbers"),
+        ("9" * 5000, "webcams have smaller numbers"),
+        ("http://[::1", "not an address"),
+        ("http://[::1/a.jpg", "not an address"),
+        ("rtsp://[", "not an address"),
+        ("https://example.invalid/%00.jpg", "no file can have this name"),
+        ("https://example.invalid/" + "a" * 300 + ".jpg", "no file can have this name"),
+        ("http://127.0.0.1:9/\u00e4\u0142.jpg", "not fetched"),
+        ("http://127.0.0.1:99999/a.jpg", "not fetched"),
+        ("http://127.0.0.1:port/a.jpg", "not fetched"),
+        ("http://127.0.0.1:9/a b\r\nHost: x.jpg", "not fetched"),
     ],
 )
 def test_sources_that_cannot_be_read_say_why(in_tmp: Path, source: str, message: str) -> None:
@@ -136,19 +161,33 @@ def test_sources_that_cannot_be_read_say_why(in_tmp: Path, source: str, message:
     write(in_tmp / "nested/deep/a.jpg")
     (in_tmp / "notes.md").write_text("text")
     (in_tmp / "empty.txt").write_text("\n# nothing\n")
+    (in_tmp / "loop.txt").write_text("loop.txt\n")
+    (in_tmp / "odd.txt").write_text("a" * 300 + ".jpg\n")
+    (in_tmp / "latin.txt").write_bytes(b"\xe4.jpg\n")
+    (in_tmp / "odd.streams").write_text("9" * 30)
     with pytest.raises(UserError, match=message):
-        open_source(source)
+        list(open_source(source))
 
 
 def test_a_bad_file_in_a_folder_is_skipped_and_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"")
     (tmp_path / "c.jpg").write_text("not an image")
-    (tmp_path / "d.mp4").write_bytes(b"not a video")
-    write(tmp_path / "e.jpg")
+    (tmp_path / "d.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "e.mp4").write_bytes(b"not a video")
+    write(tmp_path / "f.jpg")
     source = open_source(tmp_path)
-    assert names(source) == ["a.jpg", "e.jpg"]
-    assert [next(name for name in "bcd" if f"{name}." in line) for line in source.skipped] == ["b", "c", "d"]
+    assert names(source) == ["a.jpg", "f.jpg"]
+    assert [Path(line.split(":")[0]).stem for line in source.skipped] == ["b", "c", "d", "e"]
+
+
+def test_an_image_above_the_bound_is_skipped_and_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg")
+    write(tmp_path / "b.png")
+    source = open_source(tmp_path, max_pixels=48 * 64 - 1)
+    with pytest.raises(UserError, match=r"none of the 2 files could be read; the first: .*a\.jpg: 64 x 48 pixels"):
+        list(source)
+    assert len(list(open_source(tmp_path, max_pixels=48 * 64))) == 2
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.mp4"])
@@ -200,6 +239,46 @@ def test_a_video_cut_off_gives_what_is_there_and_is_named(tmp_path: Path) -> Non
     frames = list(source)
     assert 5 < len(frames) < 40
     assert len(source.skipped) == 1 and "of 40 frames" in source.skipped[0]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_damaged_videos_are_read_as_far_as_they_go_or_named(suffix: str, tmp_path: Path) -> None:
+    path, codec = tmp_path / f"v.{suffix}", "MJPG" if suffix == "avi" else "mp4v"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 25, (64, 48))
+    for k in range(12):
+        writer.write(picture(20 * k))
+    writer.release()
+    whole, outcomes = path.read_bytes(), set()
+    begun = time.process_time()
+    for number in range(40):
+        path.write_bytes(damage_bytes(np.random.default_rng(number), whole))
+        try:
+            frames = list(itertools.islice(open_source(path), 500))
+            assert all(frame.image.dtype == np.uint8 and frame.image.ndim == 3 and frame.fps > 0 for frame in frames)
+            outcomes.add("read")
+        except UserError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"} and time.process_time() - begun < 40
+
+
+@pytest.mark.parametrize("says", [float("nan"), float("inf"), -1.0, 1e300, -9.2e18])
+def test_a_video_that_says_nonsense_about_its_length_is_read(
+    says: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Capture:
+        def __init__(self, path: str) -> None:
+            self.real = real(path)
+
+        def __getattr__(self, name: str) -> object:
+            return (lambda _: says) if name == "get" else getattr(self.real, name)
+
+    real = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    source = open_source(video(tmp_path / "v.mp4", 3))
+    frames = list(source)
+    assert [(frame.frame_index, frame.frame_count, frame.fps) for frame in frames] == [(k, 0, 30.0) for k in (1, 2, 3)]
+    assert not source.skipped
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
@@ -318,6 +397,35 @@ def test_an_image_by_its_address_is_saved_under_its_name(in_tmp: Path) -> None:
             open_source(f"{address}/c.jpg")
     assert [path.name for path in in_tmp.iterdir()] == ["a b.jpg"]
     assert names(open_source(f"{address}/a%20b.jpg")) == ["a b.jpg"], "a file already here needs no network"
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_download_that_breaks_off_is_not_kept(chunked: bool, in_tmp: Path) -> None:
+    data = cv2.imencode(".jpg", picture(90))[1].tobytes()
+    whole = [False]
+
+    class Files(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.send_header(*("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(data))))
+            self.end_headers()
+            part = data if whole[0] else data[: len(data) // 2]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+            self.wfile.write(b"0\r\n\r\n" if chunked and whole[0] else b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with server(Files) as address:
+        with pytest.raises(UserError, match=r"a\.jpg: not fetched \(.* Save the file yourself"):
+            open_source(f"{address}/a.jpg")
+        assert not list(in_tmp.iterdir())
+        whole[0] = True
+        assert names(open_source(f"{address}/a.jpg")) == ["a.jpg"]
+    assert (in_tmp / "a.jpg").read_bytes() == data
 
 
 def test_an_address_without_a_network_is_one_clear_error(in_tmp: Path) -> None:
