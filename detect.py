@@ -267,7 +267,6 @@ class _Results:
 
     def unique(self, kind: str, owner: str, stem: str, suffix: str = "", number: int = 1) -> str:
         """A file name for `owner`: a.jpg, or a2.jpg, a3.jpg where another of this run has it (b/a.jpg, say)."""
-        stem = _cut(stem)
         while True:
             name = f"{stem}{number if number > 1 else ''}{suffix}"
             if self._owner.setdefault((kind, name), owner) == owner:
@@ -277,7 +276,7 @@ class _Results:
     def stem(self, frame: Frame) -> str:
         """What the names of this frame's label file, crops and feature maps start with."""
         file_name = Path(frame.path).stem if frame.mode in ("image", "video") else frame.path
-        return self.unique("stem", frame.path, file_name)
+        return self.unique("stem", frame.path, _cut(file_name))
 
     def add(self, frame: Frame, detections: np.ndarray) -> bool:
         """Write one frame's (k, 6) detections [x1, y1, x2, y2, conf, class]; False when the user pressed q."""
@@ -344,7 +343,7 @@ class _Results:
             return
         path = Path(frame.path)
         suffix = path.suffix if path.suffix.lower() in self.WRITABLE else ".jpg"
-        write_image(self.save_dir / self.unique("picture", frame.path, path.stem, suffix), image)
+        write_image(self.save_dir / self.unique("picture", frame.path, _cut(path.stem), suffix), image)
 
     def _write_video(self, frame: Frame, image: np.ndarray) -> None:
         import cv2
@@ -352,7 +351,7 @@ class _Results:
         size_wh = image.shape[1], image.shape[0]
         if frame.path not in self._videos:
             stem = Path(frame.path).stem if frame.mode == "video" else frame.path
-            file = self.save_dir / self.unique("picture", frame.path, stem, ".mp4")
+            file = self.save_dir / self.unique("picture", frame.path, _cut(stem), ".mp4")
             writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size_wh)
             if not writer.isOpened():
                 raise UserError(f"{file}: OpenCV cannot write mp4v video here. Use --nosave, with --save-txt say.")

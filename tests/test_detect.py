@@ -244,6 +244,59 @@ def test_run_folders_count_up_unless_told_otherwise(weights: Path, tmp_path: Pat
     assert len(numbers(tmp_path / "runs/exp/labels/a.txt")) == 5, "a second run replaces, it does not append"
 
 
+# -------------------------------------------------------------------------------------------------- names and extremes
+
+
+def test_results_of_the_longest_names_are_written_under_shorter_ones(weights: Path, tmp_path: Path) -> None:
+    folder, stem = tmp_path / "in", "\u00e4" * 125
+    photo(folder / f"{stem}a.jpg")
+    photo(folder / f"{stem}b.jpg", seed=1)
+    clip(folder / f"{'v' * 251}.avi", frames=2)
+    options = {"save_txt": True, "save_crop": True, "save_csv": True}
+    run(weights, folder, tmp_path, **options)
+    saved = tmp_path / "runs/exp"
+    pictures = sorted(path.name for path in saved.glob("*.*") if path.suffix != ".csv")
+    assert pictures == ["v" * 200 + ".mp4", "\u00e4" * 100 + ".jpg", "\u00e4" * 100 + "2.jpg"]
+    labels = sorted(path.name for path in (saved / "labels").iterdir())
+    assert labels[:2] == ["v" * 200 + "_1.txt", "v" * 200 + "_2.txt"] and len(labels) == 4
+    assert len(list(saved.glob("crops/*/*.jpg"))) == 20
+    rows = list(csv.reader((saved / "predictions.csv").open(encoding="utf-8")))
+    assert {row[0] for row in rows[1:3]} <= {f"{stem}a.jpg", f"{stem}b.jpg"}, "the table names the files as they are"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a/b\0c\n", "..", "\u732b" * 200])
+def test_class_names_become_folders_of_crops_whatever_they_hold(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DetectionModel("yolov5n.yaml", nc=1)
+    with torch.no_grad():
+        for head in model.head.m:
+            head.bias.view(3, -1)[:, 4] = 0.5
+    content = {"model": model.state_dict(), "yaml": model.yaml, "names": {0: name}, "stride": model.stride, "epoch": 0}
+    file = checkpoint.save(tmp_path / "odd.pt", content)
+    run(file, photo(tmp_path / "a.jpg"), tmp_path, save_crop=True)
+    crops = list((tmp_path / "runs/exp/crops").rglob("*.jpg"))
+    assert crops and all(crop.parent.parent == tmp_path / "runs/exp/crops" for crop in crops)
+
+
+@pytest.mark.parametrize("thickness", [1, 1000])
+def test_the_widest_lines_and_the_thinnest_are_drawn(thickness: int, weights: Path, tmp_path: Path) -> None:
+    run(weights, photo(tmp_path / "a.jpg"), tmp_path, line_thickness=thickness)
+    image = cv2.imread(str(tmp_path / "runs/exp/a.jpg"))
+    assert image is not None and image.shape == (48, 96, 3)
+
+
+def test_a_file_above_max_megapixels_is_skipped_and_a_higher_bound_reads_it(
+    weights: Path, tmp_path: Path, log: list[str]
+) -> None:
+    photo(tmp_path / "in/a.jpg")
+    photo(tmp_path / "in/b.png", shape_hw=(800, 1300))
+    run(weights, tmp_path / "in", tmp_path, max_megapixels=1)
+    assert any("b.png: 1300 x 800 pixels are 1.0 megapixels" in line for line in log)
+    assert [path.name for path in (tmp_path / "runs/exp").iterdir()] == ["a.jpg"]
+    run(weights, tmp_path / "in", tmp_path, max_megapixels=2)
+    assert sorted(path.name for path in (tmp_path / "runs/exp2").iterdir()) == ["a.jpg", "b.png"]
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -257,6 +310,12 @@ def test_run_folders_count_up_unless_told_otherwise(weights: Path, tmp_path: Pat
         ({"classes": [0, 7]}, "--classes 7: .* has classes 0 to 1"),
         ({"imgsz": [64, 64, 64]}, "--imgsz"),
         ({"imgsz": 0}, "--imgsz"),
+        ({"imgsz": [64, 100_000_000]}, "--imgsz 100000000: expected at most 16384"),
+        ({"line_thickness": 100_000}, "--line-thickness 100000: expected at most 1000"),
+        ({"max_megapixels": 0}, "--max-megapixels 0: expected 1 or more"),
+        ({"source": "a" * 300}, "no such file"),
+        ({"source": "http://[::1"}, "not an address"),
+        ({"source": "a\0b"}, "no such file"),
         ({"source": "nowhere.jpg"}, "no such file"),
         ({"weights": "net.onnx"}, r"net\.onnx: only \.pt"),
         ({"visualize": True, "augment": True}, "--visualize"),
