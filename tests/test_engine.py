@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.yolo import DetectionModel
 from utils.boxes import Letterbox
+from utils.config import UserError
 from utils.dataloaders import Batch, LoaderOptions, build_loader, prepare
 from utils.engine import (
     CPU_CHUNK,
@@ -346,6 +347,12 @@ def test_sizes_are_rounded_up_to_the_stride_with_a_warning(asked: int, wanted: i
     assert round_up(asked, 32) == wanted
     assert (f"using {wanted}" in "".join(said)) == (asked != wanted)
     assert round_up(32, 32, floor=64) == 64
+
+
+def test_an_image_size_that_no_memory_holds_is_refused() -> None:
+    assert round_up(16_384, 32) == 16_384
+    with pytest.raises(UserError, match="--imgsz 16385: expected at most 16384 pixels"):
+        round_up(16_385, 32)
 
 
 def test_lower_precision_follows_the_processors_flags(monkeypatch: pytest.MonkeyPatch) -> None:

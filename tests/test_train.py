@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from conftest import REPOSITORY, TinyDataset
 
 import train
 from models.checkpoint import load_model, read, save
+from tests.test_dataloaders import spoil
 from utils.config import UserError
 from utils.recorder import COLUMNS
 
@@ -454,6 +457,8 @@ def test_an_unknown_keyword_is_named_with_the_closest_one() -> None:
         ({"freeze": [25]}, "--freeze: nothing is left to train"),
         ({"freeze": [3, 77]}, "--freeze: there is no layer 77"),
         ({"cfg": "yolov5n-seg.yaml"}, "predicts masks"),
+        ({"imgsz": 100_000_000}, "--imgsz 100000000: expected at most 16384"),
+        ({"max_megapixels": 0}, "--max-megapixels 0: expected 1 or more"),
     ],
 )
 def test_wrong_options_are_refused_before_a_folder_is_made(
@@ -505,3 +510,34 @@ def test_an_se_network_is_fine_tuned_from_a_real_checkpoint(
     assert "Transferred 349/351 tensors" in output
     final = rows_of(tmp_path / "exp")[-1]
     assert final["metrics/mAP_0.5"] > 0.30, f"{final} after {time.perf_counter() - started:.0f} s"
+
+
+# ----------------------------------------------------------------------------------------------------- damaged pictures
+
+
+def test_damaged_pictures_neither_end_training_nor_raise_the_map(
+    own_tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
+) -> None:
+    spoil(own_tiny_dataset.train[1])
+    spoil(own_tiny_dataset.val[0])
+    options = quick(tmp_path, own_tiny_dataset, workers=2)
+    assert len(rows_of(options.save_dir)) == 2 and options.best.is_file()
+    train_line, val_line = (line for line in said if "cannot be decoded" in line)
+    assert train_line.startswith("train: 1 of the images") and "train1.png" in train_line
+    assert val_line.startswith("val: 1 of the images") and "val0.png" in val_line
+    assert any(line.split()[:3] == ["all", "4", "8"] for text in said for line in text.splitlines()), (
+        "all 8 objects count"
+    )
+
+
+def test_pictures_above_max_megapixels_are_left_out_of_training(
+    own_tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
+) -> None:
+    large = own_tiny_dataset.train[0]
+    large.write_bytes(cv2.imencode(".png", np.zeros((1100, 1000, 3), np.uint8))[1].tobytes())
+    quick(tmp_path, own_tiny_dataset, epochs=1, max_megapixels=1)
+    assert any("train0.png: 1000 x 1100 pixels are 1.1 megapixels" in line for line in said)
+    assert any("... 7 images, 0 backgrounds, 1 corrupt" in line for line in said)
+    said.clear()
+    quick(tmp_path, own_tiny_dataset, epochs=1)
+    assert any("... 8 images, 0 backgrounds, 0 corrupt" in line for line in said), "the old scan was taken again"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ from conftest import REPOSITORY, TinyDataset
 import detect
 import val
 from models.checkpoint import save
-from models.yolo import build_model
+from models.yolo import DetectionModel, build_model
+from tests.test_dataloaders import spoil
 from utils.config import UserError
 
 
@@ -309,6 +311,8 @@ def test_another_number_of_classes_is_named(checkpoint: Path, own_tiny_dataset: 
         ({"task": "test"}, "names no 'test' images"),
         ({"conf_thres": 1.5}, "threshold must be within 0..1"),
         ({"device": "7"}, "there is no CUDA device 7 here"),
+        ({"imgsz": 100_000_000}, "--imgsz 100000000: expected at most 16384"),
+        ({"max_megapixels": 0}, "--max-megapixels 0: expected 1 or more"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -347,3 +351,18 @@ def test_a_mistyped_flag_ends_with_2_and_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and "Did you mean '--weights'?" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_damaged_picture_counts_as_missed_and_pictures_above_the_bound_are_left_out(
+    checkpoint: Path, own_tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
+) -> None:
+    whole = quick(checkpoint, own_tiny_dataset, tmp_path, conf_thres=0.001)
+    spoil(own_tiny_dataset.val[0])
+    results = [quick(checkpoint, own_tiny_dataset, tmp_path, workers=workers)[0] for workers in (0, 2)]
+    assert results[0] == results[1] and results[0][1] <= whole[0][1], "recall cannot rise"
+    lines = [line for line in said if "cannot be decoded" in line]
+    assert len(lines) == 2 and all("val0.png" in line and "judged as grey" in line for line in lines)
+    for file in own_tiny_dataset.val[1:]:
+        file.write_bytes(cv2.imencode(".png", np.zeros((1100, 1000, 3), np.uint8))[1].tobytes())
+    quick(checkpoint, own_tiny_dataset, tmp_path, max_megapixels=1)
+    assert any("1 images, 0 backgrounds, 3 corrupt" in line for line in said)

@@ -51,4 +51,4 @@ def _case(rng: np.random.Generator, folder: Path) -> object:
     return parsed
 
 
-TARGETS: tuple[Target, ...] = (Target("labels", _case, seconds=10, megabytes=1000),)
+TARGETS: tuple[Target, ...] = (Target("labels", _case, seconds=15, megabytes=1000),)
