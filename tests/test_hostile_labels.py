@@ -13,7 +13,7 @@ from tests.conftest import TinyDataset
 from tests.test_hostile_images import at_most
 from tests.test_labels import same
 from utils import labels
-from utils.config import load_dataset
+from utils.config import UserError, load_dataset
 from utils.labels import Scan, parse_label_file, scan
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"
@@ -103,6 +103,16 @@ def test_of_many_errors_and_notes_the_first_are_kept_and_the_rest_is_mentioned(l
     label_file.write_text(GOOD * 1000)
     parsed = parse_label_file(label_file, 1)
     assert len(parsed.labels) == 1 and len(parsed.notes) == 51 and "949 more labels left out" in parsed.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_answered_in_a_line(name: str, own_tiny_dataset: TinyDataset) -> None:
+    spec, listed = load_dataset(own_tiny_dataset.yaml), own_tiny_dataset.root / "some.txt"
+    with pytest.raises(UserError, match="no such folder, image list or image"):
+        scan([own_tiny_dataset.root / name], spec)
+    listed.write_text(f"./images/train/train0.png\n{name}.jpg\n", encoding="utf-8")
+    found = scan([listed], spec)
+    assert (len(found.samples), found.corrupt) == (1, 1) and ".jpg: " in found.messages[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

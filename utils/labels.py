@@ -89,9 +89,9 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
     """
     files: list[str] = []
     for source in map(Path, sources):
-        if source.is_dir():
+        if os.path.isdir(source):  # unlike Path.is_dir, false for a name no file can have
             files += _images_below(source)
-        elif not source.is_file():
+        elif not os.path.isfile(source):
             raise UserError(f"{relative(source)}: no such folder, image list or image.")
         elif source.suffix.lower() in IMAGE_SUFFIXES:
             files.append(os.path.abspath(source))
@@ -460,7 +460,7 @@ def _cache_key(files: Sequence[str], num_classes: int | None, names_file: str, m
     for file in files:
         for path in (file, str(label_path(file))):
             digest.update(path.encode("utf-8", "surrogateescape") + b"\0")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in a line of a list
                 state = os.stat(path)
                 digest.update(f"{state.st_size}:{state.st_mtime_ns}".encode())
             digest.update(b"\0")
