@@ -20,7 +20,7 @@ from conftest import REPOSITORY, TinyDataset
 import detect
 import val
 from models.checkpoint import save
-from models.yolo import DetectionModel, build_model
+from models.yolo import build_model
 from tests.test_dataloaders import spoil
 from utils.config import UserError
 

@@ -138,7 +138,9 @@ def _mapping(rng: np.random.Generator, depth: int) -> bytes:
 
 
 def _row(rng: np.random.Generator) -> bytes:
-    module = ("Conv", "SE", "Detect", "Concat", "nn.Upsample", "nn.MaxPool2d", "C3", "nn.Identity")[int(rng.integers(0, 8))]
+    module = ("Conv", "SE", "Detect", "Concat", "nn.Upsample", "nn.MaxPool2d", "C3", "nn.Identity")[
+        int(rng.integers(0, 8))
+    ]
     return b"](" + _integer(-1) + _integer(1) + _text(module) + b"](" + b"".join(_some(rng, 2)) + b"ee"
 
 
