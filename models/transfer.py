@@ -158,21 +158,9 @@ def transfer(
     gates = _inserted_gates(model, source, pairs)
     for index in gates:
         copy.why[index] = start_gate_(model, index, gate or (DEFAULT_GATE if aligned else "random"))
-    rows = row_reports(copy, source, target, pairs)
-    if aligned:
-        warnings = wiring_warnings(source, target, pairs, name)
-        warnings += argument_warnings(source, model.graph, pairs, name)
-    else:
-        warnings = _strangers(copy, name, target) if bare else []
-    placeholders = copy.anchors != KEPT_ANCHORS and isinstance(target.yaml.get("anchors"), int)
-    if copy.head and copy.anchors != KEPT_ANCHORS and not placeholders:
-        warnings.append(
-            f"{target.head.where}: its anchors are not those that its weights in {name} were trained with. Write the"
-            " anchors of that network to keep what they computed."
-        )
     return Report(
         name,
-        rows,
+        row_reports(copy, source, target, pairs),
         len(copy.whole),
         len(copy.partial - copy.whole),
         len(copy.target),
@@ -181,10 +169,31 @@ def transfer(
         copy.anchors,
         len(copy.placed),
         len(checkpoint.tensors),
-        tuple(warnings),
+        tuple(_warnings(copy, source, model.graph, pairs, aligned=aligned, bare=bare)),
         tuple(gates),
-        head=copy.head and not placeholders,
+        head=copy.head and not _placeholders(copy, target),
     )
+
+
+def _warnings(
+    copy: Copy, source: Graph, target: Graph, pairs: Mapping[int, int], *, aligned: bool, bare: bool
+) -> list[str]:
+    """What in the target would make the copied weights compute something else than in their own network."""
+    name = display_path(copy.checkpoint.path)
+    lines = _strangers(copy, name, target) if bare else []
+    if aligned:
+        lines = wiring_warnings(source, target, pairs, name) + argument_warnings(source, target, pairs, name)
+    if copy.head and copy.anchors != KEPT_ANCHORS and not _placeholders(copy, target):
+        lines.append(
+            f"{target.head.where}: its anchors are not those that its weights in {name} were trained with. Write the"
+            " anchors of that network to keep what they computed."
+        )
+    return lines
+
+
+def _placeholders(copy: Copy, target: Graph) -> bool:
+    """Whether the target's anchors still have to be found: its YAML only says how many there are."""
+    return copy.anchors != KEPT_ANCHORS and isinstance(target.yaml.get("anchors"), int)
 
 
 def _adopt_gains_(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> None:
