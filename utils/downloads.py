@@ -449,11 +449,12 @@ def _tar_name(block: bytes) -> str:
 def _pax_records(data: bytes) -> dict[str, str]:
     """The records `length key=value` of an extended header, the length being that of the whole record's line."""
     records: dict[str, str] = {}
-    start = 0
+    start = lines = 0
     while data[start : start + 1] not in (b"", b"\0"):
         length = _decimal(data[start : start + 6].split(b" ")[0].decode("ascii", "replace"))
         key, equals, value = data[start : start + length].partition(b" ")[2].partition(b"=")
-        if not equals or not value.endswith(b"\n") or len(records) == MAX_PAX_RECORDS:
+        lines += 1
+        if not equals or not value.endswith(b"\n") or start + length > len(data) or lines > MAX_PAX_RECORDS:
             raise DownloadProblem("the archive is broken (an extended header is damaged)")
         records[_tar_text(key)] = value[:-1].decode("utf-8", "surrogateescape")
         start += length

@@ -1,4 +1,4 @@
-"""Archives of datasets: damaged zip and tar files, and tar files whose headers say anything but have right checksums."""
+"""Archives of datasets: damaged zip and tar files, and tar files whose headers say anything under a right sum."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from utils.config import UserError
 from utils.downloads import DownloadProblem, unpack
 
 NAMES = (
-    "a", "b/", "images/a.jpg", "labels/a.txt", "", ".", "..", "/", "a/../b", "a" * 300, "a/" * 600, "a\0b", "a ", "C:x", "\\x",
-    "__MACOSX/x", "é" * 90, "a\nb", "images", "images/a.jpg/c",
+    "a", "b/", "images/a.jpg", "labels/a.txt", "", ".", "..", "/", "a/../b", "a" * 300, "a/" * 600, "a\0b", "a ",
+    "C:x", "\\x", "__MACOSX/x", "é" * 90, "a\nb", "images", "images/a.jpg/c",
 )  # fmt: skip
 SUFFIXES = {".tar": bytes, ".tar.gz": gzip.compress, ".tar.bz2": bz2.compress, ".tar.xz": lzma.compress}
 PAX = (b"path=b", b"size=5", b"size=-1", b"size=" + b"9" * 40, b"GNU.sparse.map=0,9", b"hdrcharset=BINARY", b"x", b"=")

@@ -18,14 +18,15 @@ from tests.fuzz.harness import Target
 
 INTEGERS = (0, 1, 2, 3, 8, 255, -1, 2**31, 2**40, 2**61 - 1, 2**62, 2**63, 2**64, -(2**63), 2**255, 2**4000)
 KEYS = (
-    "model", "ema", "yaml", "names", "stride", "opt", "hyp", "epoch", "version", "format", "_modules", "_parameters", "_buffers",
-    "_non_persistent_buffers_set", "nc", "ch", "anchors", "backbone", "head", "state_dict", "best_fitness", "optimizer", "0", "",
-    FORMAT, "weight", "depth_multiple", "width_multiple", "activation",
+    "model", "ema", "yaml", "names", "stride", "opt", "hyp", "epoch", "version", "format", "_modules", "_parameters",
+    "_buffers", "_non_persistent_buffers_set", "nc", "ch", "anchors", "backbone", "head", "state_dict",
+    "best_fitness", "optimizer", "0", "", FORMAT, "weight", "depth_multiple", "width_multiple", "activation",
 )  # fmt: skip
 GLOBALS = (
-    b"collections\nOrderedDict", b"torch\nSize", b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_parameter",
-    b"torch._tensor\n_rebuild_from_type_v2", b"builtins\nset", b"__builtin__\nlist", b"torch\nFloatStorage", b"models.yolo\nModel",
-    b"models.common\nConv", b"os\nsystem", b"numpy.core.multiarray\nscalar", b"numpy\ndtype", b"pathlib\nPosixPath", b"_codecs\nencode",
+    b"collections\nOrderedDict", b"torch\nSize", b"torch._utils\n_rebuild_tensor_v2",
+    b"torch._utils\n_rebuild_parameter", b"torch._tensor\n_rebuild_from_type_v2", b"builtins\nset",
+    b"__builtin__\nlist", b"torch\nFloatStorage", b"models.yolo\nModel", b"models.common\nConv", b"os\nsystem",
+    b"numpy.core.multiarray\nscalar", b"numpy\ndtype", b"pathlib\nPosixPath", b"_codecs\nencode",
 )  # fmt: skip
 REAL_GLOBALS = 8  # the first ones become something, where their arguments are right
 STORAGE_BYTES = 64
