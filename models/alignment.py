@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from models.graph import HEADS, Graph, Row, options_of
-from utils.config import UserError
 
-MAX_ALIGNED_ROWS = 2000  # the alignment takes rows x rows steps; yolov5x6 has 34
 ALIGN_ROUNDS = 4  # the second round knows the sources; more only settle ties
 IMAGE = -1
 
@@ -21,12 +19,7 @@ def align(source: Graph, target: Graph) -> dict[int, int]:
 
     The alignment has the highest sum of `_likeness` over its pairs among all that keep the order (the dynamic programme
     of Needleman and Wunsch, 1970, with free gaps). From the second round on, pairs also count that read the same rows.
-
-    Raises:
-        UserError: more than `MAX_ALIGNED_ROWS` rows.
     """
-    if max(len(source.rows), len(target.rows)) > MAX_ALIGNED_ROWS:
-        raise UserError(f"{target.file}: too many rows to align. Use --transfer index.")
     pairs: dict[int, int] = {}
     for round_ in range(ALIGN_ROUNDS):
         sources = _Sources(source, target, pairs) if round_ else None

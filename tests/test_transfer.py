@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import graph
-from models.alignment import MAX_ALIGNED_ROWS, align
+from models.alignment import align
 from models.checkpoint import Checkpoint, read, save
 from models.transfer import Report, start_network, transfer
 from models.yolo import DetectionModel, build_model
@@ -371,13 +371,6 @@ def test_a_fused_file_cannot_be_trained_on(tmp_path: Path) -> None:
 def test_an_unknown_mode_is_named(yolov5n: Checkpoint) -> None:
     with pytest.raises(UserError, match="--transfer byname"):
         transfer(DetectionModel("yolov5n.yaml"), yolov5n, mode="byname")
-
-
-def test_a_yaml_of_endless_rows_is_not_aligned() -> None:
-    row = [-1, 1, "nn.Identity", []]
-    long = graph.read({"nc": 1, "backbone": [row] * (MAX_ALIGNED_ROWS + 1), "head": []})
-    with pytest.raises(UserError, match="--transfer index"):
-        align(long, long)
 
 
 def test_the_table_has_a_line_for_every_row_of_both_networks(yolov5n: Checkpoint) -> None:
