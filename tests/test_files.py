@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,20 @@ def test_a_file_of_the_name_counts_as_taken_unless_its_folder_is_wanted(tmp_path
     assert make_run_dir(options(tmp_path)).name == "exp2"
     with pytest.raises(UserError, match=r"exp: cannot be made \(File exists\)"):
         make_run_dir(options(tmp_path, exist_ok=True))
+
+
+def test_a_folder_that_another_run_makes_at_the_last_moment_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **settings: Any) -> None:
+        if self == tmp_path / "exp":
+            real(self, exist_ok=True)  # the other run
+        real(self, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert make_run_dir(options(tmp_path)).name == "exp2"
 
 
 def test_runs_started_at_once_get_a_folder_each(tmp_path: Path) -> None:
@@ -168,10 +183,11 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_processes_started_at_once_get_a_folder_each(tmp_path: Path) -> None:
     code = "import sys, argparse; from utils.files import make_run_dir\n"
     code += "made = argparse.Namespace(project=sys.argv[1], name='exp', exist_ok=False)\n"
-    code += "sys.stdin.read(1)\nfor _ in range(50): print(make_run_dir(made, 'weights'))"
+    code += "print('ready', flush=True)\nsys.stdin.read(1)\nfor _ in range(50): print(make_run_dir(made, 'weights'))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
     for process in both:
         process.stdin.write("go")
         process.stdin.flush()
