@@ -311,7 +311,7 @@ class ImageStore:
         if self._folder is not None:
             # gone or broken since: decode instead
             with contextlib.suppress(*UNREADABLE_ARRAY), open(self._cache_file(index), "rb") as file:
-                image = np.lib.format.read_array(file, allow_pickle=False)
+                image = np.lib.format.read_array(file)  # refuses pickles by itself
                 if image.dtype == np.uint8 and image.shape == (*self.resized_hw(index), 3):
                     return np.asarray(image, np.uint8)
         return self._decode(index)

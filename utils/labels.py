@@ -431,7 +431,7 @@ class _Table:
 
 def _stored_array(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        return np.lib.format.read_array(file)  # refuses pickles by itself
 
 
 def _adds_up(counts: npt.NDArray[np.int32], total: int) -> bool:
