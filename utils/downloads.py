@@ -44,7 +44,7 @@ OFFICIAL = re.compile(r"yolov5[nsmlx](?:6|-seg|-cls)?\.pt")
 # The releases publish no sums. Known by having the file; the others are checked by size, zip structure and CRC.
 SHA256 = {("yolov5n.pt", "v6.0"): "edd2e5cc4e3caa4b508168b51d9dc529da58b37813e0d2c8b49aba06aa3472dc"}
 OFFLINE_HINT = "What runs now: --data shapes.yaml --weights yolov5n-shapes.pt"
-ANSWER_SECONDS = 5.0  # for everything before the first byte: without a network nobody waits longer than this
+ANSWER_SECONDS = 10.0  # for everything before the first byte; a machine without a network mostly says so at once
 TIMEOUT_SECONDS = 10.0  # of a connection that has answered
 MIN_WEIGHTS_BYTES = 100_000
 CHUNK_BYTES = 1 << 20
