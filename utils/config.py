@@ -198,9 +198,9 @@ class _Construction:
     def _mapping(self, node: yaml.MappingNode, keys: tuple[Hashable, ...]) -> dict[Hashable, Any]:
         mapping: dict[Hashable, Any] = {}
         for key_node, value_node, merged in self._pairs(node, len(keys)):
-            if not isinstance(key_node, yaml.ScalarNode):
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else []
+            if not isinstance(key, Hashable):
                 raise self._refusal(key_node, "a key must be a plain word or number.")
-            key = self._scalar(key_node)
             if not self.hashes.allows(key, len(mapping)):
                 raise self._refusal(key_node, f"{key!r} is one more of too many keys that are numbers. Number from 0.")
             if key in mapping:
