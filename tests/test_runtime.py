@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -72,6 +73,52 @@ def test_output_that_cannot_be_written_ends_the_script_without_a_traceback(
             [sys.executable, "-c", script], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == code and done.stderr.count("\n") == bool(said) and said in done.stderr
+
+
+INTERRUPTED = """
+import signal, sys, time
+import utils.runtime
+from utils.runtime import run_script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+
+class Slow:
+    def __del__(self):
+        print("here", flush=True)
+        time.sleep(30)
+
+def cleanup(seconds):
+    try:
+        print("here", flush=True)
+        time.sleep(30)
+    finally:
+        time.sleep(seconds)
+        print("cleaned", flush=True)
+
+def impatient():
+    utils.runtime.GRACE_SECONDS = 0.1
+    cleanup(30)
+
+def destructor():
+    Slow()
+    time.sleep(30)
+
+run_script({"ending": lambda: cleanup(1.5), "impatient": impatient, "destructor": destructor}[sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows interrupts whole consoles only")
+@pytest.mark.parametrize(("what", "out"), [("ending", "cleaned\n"), ("impatient", ""), ("destructor", "")])
+def test_an_ending_is_not_disturbed_by_more_ctrl_c_unless_it_takes_too_long(what: str, out: str) -> None:
+    """And where Python swallows what is raised, in a destructor, Ctrl-C is not lost."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", INTERRUPTED, what]
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "here\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert process.communicate(timeout=20) == (out, "interrupted\n")
+    assert process.returncode == 130
 
 
 def test_our_own_mistake_keeps_its_traceback() -> None:
