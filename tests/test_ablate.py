@@ -307,14 +307,14 @@ def options(data: Path, project: Path, **changes: Any) -> tuple[argparse.Namespa
 def test_a_failed_cell_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_cell(cell: Cell) -> dict[str, Any]:
         if cell.seed == 1:
-            raise UserError("no space left\nand more")
+            raise RuntimeError("no space left\nand more")
         return {"mAP50": 0.5, "mAP50-95": 0.25}
 
     monkeypatch.setattr(ablate, "run_cell", run_cell)
     cells = [Cell("a", seed, tmp_path, {}) for seed in range(3)]
     with ThreadPoolExecutor(1) as pool:
         failed = ablate._run_all(pool, cells)  # type: ignore[arg-type]
-    assert failed == [(cells[1], "UserError: no space left")]
+    assert failed == [(cells[1], "RuntimeError: no space left")]
 
 
 @pytest.mark.slow
