@@ -26,7 +26,7 @@ SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0
 HEADS = ("Detect", "Segment")
 SEVERAL = ("Concat", "Classify", *HEADS)  # layers that read a list
 # far above any network: a checkpoint's YAML is not trusted with our time and memory
-MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE = 1 << 16, 1000, 3000, 512
+MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE = 1 << 16, 1000, 1000, 512
 MAX_ANCHORS, MAX_ANCHOR = 100, 1e6  # per level; pixels
 # torch's files of layers that no row can use; some make as many parts as a number says
 NOT_OF_MAPS = ("rnn", "transformer", "container")

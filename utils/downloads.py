@@ -36,6 +36,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from utils.config import UserError, closest, display_path, refuse_read_only, user_path
+from utils.files import remove_leftovers, replacing
 from utils.runtime import LOGGER, ROOT
 
 RELEASE_TAG = "v7.0"
@@ -224,19 +225,15 @@ def _reason(problem: BaseException) -> str:
 
 def _fetch(url: str, target: Path, sha256: str | None) -> None:
     """Download weights and check them under a temporary name beside `target`, then give them the name."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        download(url, partial, label=target.name)
-        _check_weights(partial, target.name, sha256)
-        os.replace(partial, target)
-    finally:
-        with contextlib.suppress(OSError):  # gone after the replacement; an error before it says more
-            partial.unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    with replacing(target) as file:
+        download(url, file, label=target.name)
+        _check_weights(Path(file.name), target.name, sha256)
 
 
-def download(url: str, path: Path, *, label: str, opener: Callable[[str], Any] | None = None) -> None:
-    """Write the body of `url` to `path` with a progress bar, checking the length that the server announced.
+def download(url: str, file: IO[bytes], *, label: str, opener: Callable[[str], Any] | None = None) -> None:
+    """Write the body of `url` to an open file with a progress bar, checking the length that the server announced.
 
     `opener` gives the response; by default only https is opened.
 
@@ -245,10 +242,10 @@ def download(url: str, path: Path, *, label: str, opener: Callable[[str], Any] |
         DownloadProblem: another length arrived, or it does not fit on the disk.
     """
     LOGGER.info("Fetching %s", url)
-    with (opener or open_url)(url) as response, path.open("wb") as file:
+    with (opener or open_url)(url) as response:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced and announced.isdecimal() and len(announced) < 20 else None
-        if total is not None and total > shutil.disk_usage(path.parent).free:
+        if total is not None and total > shutil.disk_usage(Path(file.name).parent).free:
             raise DownloadProblem(f"{total / 1e6:.0f} MB do not fit on the disk")
         received = 0
         with tqdm(total=total, unit="B", unit_scale=True, desc=label, delay=1.0) as progress:
@@ -320,7 +317,8 @@ def fetch_archive(url: str, folder: str | Path) -> Path:
         LOGGER.info(f"{name} will be unpacked into {display_path(folder)}")
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             archive = Path(temporary) / f"archive{next(s for s in ARCHIVE_SUFFIXES if name.endswith(s))}"
-            download(url, archive, label=name)
+            with archive.open("wb") as file:
+                download(url, file, label=name)
             unpack(archive, Path(temporary) / "content")
             return _move_into(Path(temporary) / "content", folder)
     except DownloadProblem as problem:

@@ -25,6 +25,7 @@ import numpy as np
 from utils.capture import StreamReader, frame_count, frames_per_second, next_frame, split_address
 from utils.config import UserError
 from utils.downloads import download
+from utils.files import remove_leftovers, replacing
 from utils.images import MAX_PIXELS, ImageError, read_image
 from utils.labels import IMAGE_SUFFIXES
 from utils.runtime import LOGGER, relative
@@ -137,15 +138,13 @@ def _fetch(url: str) -> Path:
     if target.is_file():
         LOGGER.info(f"using {name} in the working directory instead of fetching it again")
         return target
-    partial = target.with_name(f".{name}.{os.getpid()}.partial")
+    remove_leftovers(target.parent)
     try:
-        download(url, partial, label=name, opener=lambda address: urlopen(address, timeout=30))
-        os.replace(partial, target)
+        with replacing(target) as file:
+            download(url, file, label=name, opener=lambda address: urlopen(address, timeout=30))
     except (OSError, HTTPException, ValueError) as error:  # ValueError: another length, or letters no address has
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{url}: not fetched ({reason}). Save the file yourself and give its path.") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
