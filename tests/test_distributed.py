@@ -77,7 +77,7 @@ def test_sync_bn_replaces_the_batch_norms_before_the_network_is_on_its_device(
             weights="", cfg=str(micro_network(tmp_path)), sync_bn=sync, insert=[], seed=0
         )
         training.weights = None
-            training.device, training.resumed, training.main, training.hyp = CUDA, None, False, {}
+        training.device, training.resumed, training.main, training.hyp = CUDA, None, False, {}
         training.names = {0: "a", 1: "b"}
         with fake_cuda():
             model = training._build_model()
