@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-DOCUMENTS = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/experiments.md")
+DOCUMENTS = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/experiments.md")
 OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")  # fetched by name
 OWN_FILES = ("best.pt", "data/fruit.yaml")  # the reader's own, in the examples
 RUN_FILES = re.compile(r"runs/(train|val|detect)/\w+/weights/(best|last)\.pt")  # written by an earlier command

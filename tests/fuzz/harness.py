@@ -100,15 +100,17 @@ def run_case(target: Target, seed: int, number: int) -> str:
 
 
 def run(target: Target, *, seed: int = 0, cases: int | None = None, seconds: float | None = None) -> Tally:
-    """Run cases 0, 1, 2, ... until there were `cases` of them or `seconds` have passed; a killed case is left out."""
+    """Run cases 0, 1, 2, ... until there were `cases` of them, or `seconds` have passed since the first one began."""
     assert cases is not None or seconds is not None
-    tally, number, begun = Tally(target.name), 0, time.monotonic()
+    tally, number, end = Tally(target.name), 0, float("inf")
 
     def over() -> bool:
-        return (cases is not None and number >= cases) or (seconds is not None and time.monotonic() - begun >= seconds)
+        return (cases is not None and number >= cases) or time.monotonic() >= end
 
     while not over():
         worker = _Worker(target, seed, number)
+        if seconds is not None and number == 0:
+            end = time.monotonic() + seconds
         try:
             while not over() and worker.alive:
                 outcome, spent, grown = worker.next()
