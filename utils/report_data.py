@@ -374,7 +374,7 @@ def _read_boxes(file: Path) -> Boxes:
     confidence, classes = detections[:, 4], np.concatenate((detections[:, 5], truth[:, 0]))
     pixels = np.abs(np.concatenate((detections[:, :4], truth[:, 1:])))
     sane = ((confidence >= 0) & (confidence <= 1)).all() and (pixels < MAX_PIXEL).all()
-    if not sane or not ((classes >= 0) & (classes < MAX_CLASSES) & (classes % 1 == 0)).all():
+    if not sane or not ((classes >= 0) & (classes < MAX_CLASSES) & (classes == np.floor(classes))).all():
         expected = f"boxes in pixels, confidences of 0 to 1, and classes below {MAX_CLASSES:,}"
         raise UserError(f"{display_path(file)}: expected {expected}. {AGAIN}")
     order = np.lexsort((-confidence, image))
