@@ -170,6 +170,7 @@ def yolov5_search(wh: np.ndarray, anchors: np.ndarray, rng: np.random.Generator)
     return anchors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.5, 1.2])
 def test_the_search_ends_above_yolov5s_from_the_same_start(spread: float) -> None:
     wh = np.exp(rng(7).normal(3.5, 0.6, (600, 1)) + rng(8).normal(0, spread, (600, 2))).clip(2, 640)

@@ -67,6 +67,7 @@ def narrow(cfg: Path | str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- building
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", NETWORKS, ids=lambda path: path.stem)
 def test_a_gate_anywhere_builds_the_right_network(cfg: Path) -> None:
     plain = graphs.read(cfg)

@@ -71,6 +71,7 @@ def devices(value: Any) -> set[torch.device]:
     return set().union(*(devices(item) for item in value if item is not None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", families())
 def test_every_network_trains_and_infers_on_the_device_as_it_is_and_fused(file: Path) -> None:
     training, fused = build_model(narrow(file)), build_model(narrow(file)).eval().fuse()

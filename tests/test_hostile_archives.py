@@ -107,6 +107,7 @@ def test_a_hostile_tar_is_refused(tmp_path: Path, content: bytes, words: str, pa
     assert any(part in refusal(path) for part in words.split("|"))
 
 
+@pytest.mark.slow
 def test_a_tar_of_more_files_than_its_bytes_can_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar.bz2"
     path.write_bytes(bz2.compress(header("__MACOSX/a") * 60_000))

@@ -76,6 +76,7 @@ def test_a_valid_png_of_448_megapixels_is_refused_by_its_header(look: object, tm
         look(path)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_an_image_of_the_most_pixels_is_read_in_less_than_a_gigabyte(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(header(12_500, 8_000) + block(b"IDAT", unpacks_to(287)) + block(b"IEND", b""))

@@ -69,6 +69,7 @@ def test_other_spellings_of_the_same_number_are_read(text: str, label_file: Path
     assert not parsed.errors and np.allclose(parsed.labels, [[0, 0.5, 0.5, 0.2, 0.4]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ["0 1 1 1 1\n", "a\n", "0 0 0 ", "0 0 0 1 0 1 1\n", "\n", "1" * 1000, "0 .5 .5 0 0\n", "é"]
 )
@@ -180,6 +181,7 @@ def members(file: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", ["packed", "claimed", "long", "text"])
 def test_a_cache_that_would_unpack_to_gigabytes_takes_no_memory(bomb: str, own_tiny_dataset: TinyDataset) -> None:
     expected = read(own_tiny_dataset)

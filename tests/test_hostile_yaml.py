@@ -112,6 +112,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", LARGE.values(), ids=LARGE.keys())
 def test_a_yaml_with_more_than_files_need_is_refused_quickly(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
@@ -121,6 +122,7 @@ def test_a_yaml_with_more_than_files_need_is_refused_quickly(tmp_path: Path, tex
     )
 
 
+@pytest.mark.slow
 def test_the_slowest_yaml_that_is_read_takes_seconds(tmp_path: Path) -> None:
     path = write(tmp_path, "a: [" + "".join(f"&a{i} 1," for i in range(40_000)) + "]")
     with bounded(SECONDS, MEGABYTES):

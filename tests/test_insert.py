@@ -208,6 +208,7 @@ def test_a_gate_at_a_row_takes_its_number_and_is_its_row_above(cfg: str) -> None
             assert new.rows[shifted(reader.index, row.index)].sources == tuple(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.stem)
 def test_gates_at_every_place_leave_all_else_as_it_was(path: Path) -> None:
     old = graph_of(str(path))
@@ -225,6 +226,7 @@ def test_gates_at_every_place_leave_all_else_as_it_was(path: Path) -> None:
         check_kept(old, after(path, spec))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_gates_in_any_order_leave_all_else_as_it_was(data: st.DataObject) -> None:

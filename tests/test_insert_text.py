@@ -216,6 +216,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_prints_or_writes_the_network_and_nothing_else(tmp_path: Path) -> None:
     file = small(tmp_path, BLOCK, "[[6, 3]", "[[5, 3]")
     done = command("--cfg", str(file), "--module", "SE", "--args", "4", "--before", "3", "--after", "C3:1", "--at", "3")
@@ -228,6 +229,7 @@ def test_the_command_prints_or_writes_the_network_and_nothing_else(tmp_path: Pat
     assert read(out).rows[1].module == "ECA"
 
 
+@pytest.mark.slow
 def test_a_mistake_on_the_command_line_is_one_line() -> None:
     done = command("--cfg", "yolov5s.yaml", "--module", "SE", "--after", "C3")
     assert (done.returncode, done.stdout) == (2, "")

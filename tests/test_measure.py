@@ -150,6 +150,7 @@ def memory_of_spread(megabytes: int) -> float | None:
     return image_memory(Spread(megabytes), torch.zeros(1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells how far a process grew")
 def test_memory_is_what_a_forward_pass_needs_in_between() -> None:
     for megabytes in (100, 20):

@@ -230,6 +230,7 @@ def test_cuda_gives_the_detections_of_the_cpu() -> None:
         torch.testing.assert_close(other.cpu(), ours)
 
 
+@pytest.mark.slow
 def test_the_operator_comes_without_torchvisions_python_package() -> None:
     code = (
         "import sys, torch; from utils.nms import non_max_suppression as nms;"

@@ -150,6 +150,7 @@ def test_chinese_names_are_printed_or_become_numbers(monkeypatch: pytest.MonkeyP
     assert shown == {0: "cat", 1: "1", 2: r"a\$b"}
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_its_backend_alone() -> None:
     code = (
         "import sys, numpy as np, tempfile, utils.plots as p; d = tempfile.mkdtemp();"

@@ -56,6 +56,7 @@ def box_iou(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 def test_pictures_and_labels_are_the_frozen_ones(pictures: dict[str, list[Picture]]) -> None:
     digest = hashlib.sha256()
     for split in SPLITS:

@@ -130,6 +130,7 @@ def test_bca_interval_of_ties_is_finite_and_within_the_differences(differences: 
     assert min(differences) <= low <= high <= max(differences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "documented"), [(4, 0.80), (8, 0.87)])
 def test_bca_interval_covers_as_often_as_its_docstring_says(seeds: int, documented: float) -> None:
     samples = np.random.default_rng(1).normal(size=(1_500, seeds))

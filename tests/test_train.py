@@ -515,6 +515,7 @@ def test_an_se_network_is_fine_tuned_from_a_real_checkpoint(
 # ----------------------------------------------------------------------------------------------------- damaged pictures
 
 
+@pytest.mark.slow
 def test_damaged_pictures_neither_end_training_nor_raise_the_map(
     own_tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
 ) -> None:
@@ -530,6 +531,7 @@ def test_damaged_pictures_neither_end_training_nor_raise_the_map(
     )
 
 
+@pytest.mark.slow
 def test_pictures_above_max_megapixels_are_left_out_of_training(
     own_tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
 ) -> None:

@@ -46,6 +46,7 @@ def test_a_gate_put_in_by_a_flag_trains_and_its_yaml_stays_in_the_run_folder(
     assert graph.read(written).rows[10].args == [1024, 8, 2.0]
 
 
+@pytest.mark.slow
 def test_an_absorbed_gate_keeps_the_papers_form(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
     done = quick(tmp_path, tiny_dataset, weights=SHAPES, cfg="yolov5n-se-last.yaml", gate="absorbed", epochs=1)
     model = load_model(done.best)
