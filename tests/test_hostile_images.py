@@ -58,6 +58,20 @@ def test_a_png_whose_block_claims_more_than_the_file_takes_no_memory(look: objec
         look(path)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    "kinds", [(b"IDAT", b"tRNS"), (b"IDAT", b"PLTE"), (b"IDAT", b"acTL"), (b"IDAT", b"tEXt", b"IDAT")]
+)
+def test_a_png_with_blocks_out_of_place_is_refused(look: object, kinds: tuple[bytes, ...], tmp_path: Path) -> None:
+    """OpenCV 5.0.0 crashes where tRNS stands between the frames of an animation."""
+    pixels = zlib.compress(bytes(30 * 121))
+    body = b"".join(block(kind, pixels if kind == b"IDAT" else bytes(6)) for kind in kinds)
+    path = tmp_path / "a.png"
+    path.write_bytes(header(40, 30) + body + block(b"IEND", b""))
+    with pytest.raises(ImageError, match=rf"a\.png: .*the PNG's block {kinds[-1]!r} is out of place"):
+        look(path)  # type: ignore[operator]
+
+
 def test_a_png_that_ends_before_its_pixels_is_not_searched_for_them(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(header(40, 30) + block(b"IEND", b"") + block(b"PLTE", b"", 0x7FFFFFFF))

@@ -37,6 +37,7 @@ NPY_HEADER = 128  # bytes
 MIN_SIDE = 10  # pixels; smaller images are taken for damaged ones
 MAX_PIXELS = 100_000_000  # decoding takes up to 9 bytes of memory a pixel, the file among them
 BYTES_PER_PIXEL, SMALL_FILE = 4, 1 << 20  # a file holds at most so many bytes per allowed pixel, or that many at all
+BEFORE_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"acTL")  # blocks of a PNG that may not follow its pixels
 MAX_PNG_BLOCKS = 1_000_000
 MAX_SCANS, MAX_SCANNED_PIXELS = 30, 1_000_000_000  # of a JPEG; a core goes over some 600 million pixels a second
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
@@ -174,7 +175,7 @@ def _opened(path: str | Path, file: BinaryIO, max_pixels: int) -> PillowImage.Im
         if opened.format in ("JPEG", "MPO"):
             _check_end(file)
         elif opened.format == "PNG":
-            _check_lengths(file)
+            _check_blocks(file)
         return opened
     raise ImageError(f"{relative(path)}: not a readable image (of no kind that is read). Replace or remove it.")
 
@@ -190,13 +191,20 @@ def _check_end(file: BinaryIO) -> None:
     raise ValueError(f"cut short: the JPEG has no end marker in its {size:,} bytes")
 
 
-def _check_lengths(file: BinaryIO) -> None:
-    """ValueError where a PNG's blocks do not fit the file: OpenCV takes memory for whatever length a block claims."""
-    size, position, has_pixels = file.seek(0, os.SEEK_END), 8, False
+def _check_blocks(file: BinaryIO) -> None:
+    """ValueError where a PNG's blocks do not fit the file, or stand in an order that PNG forbids.
+
+    OpenCV takes memory for whatever length a block claims, and crashes on a palette's transparency between the frames
+    of an animation.
+    """
+    size, position, has_pixels, before = file.seek(0, os.SEEK_END), 8, False, b""
     for _ in range(MAX_PNG_BLOCKS):
         file.seek(position)
         head = file.read(8)
-        has_pixels |= head[4:] == b"IDAT"
+        if has_pixels and (head[4:] in BEFORE_PIXELS or (head[4:] == b"IDAT" != before)):
+            raise ValueError(f"the PNG's block {head[4:]!r} is out of place")
+        before = head[4:]
+        has_pixels |= before == b"IDAT"
         position += 12 + int.from_bytes(head[:4], "big")
         if position > size:
             raise ValueError("cut short: the PNG ends inside a block")
