@@ -430,7 +430,7 @@ def save(path: str | Path, content: Mapping[str, Any]) -> Path:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise UserError(
             f"{display_path(path)}: cannot be written ({reason}); a file already there is unchanged."
-            " Free some space or choose another folder with --project."
+            " Free some space, or choose another folder."
         ) from None
     return path
 

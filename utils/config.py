@@ -225,7 +225,10 @@ class _Construction:
     def _scalar(self, node: yaml.Node) -> Any:
         kind = node.tag.rpartition(":")[2]
         if kind in ("int", "float") and len(node.value) > MAX_NUMBER_CHARACTERS:
-            raise self._refusal(node, f"a number of {len(node.value):,} characters.")
+            problem = (
+                f"a number of {len(node.value):,} characters, expected at most {MAX_NUMBER_CHARACTERS}. Shorten it."
+            )
+            raise self._refusal(node, problem)
         try:
             return self.loader.construct_object(node)
         except SCALAR_ERRORS as error:

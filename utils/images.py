@@ -41,33 +41,10 @@ BEFORE_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"acTL")  # blocks of a PNG that may
 MAX_PNG_BLOCKS = 1_000_000
 MAX_SCANS, MAX_SCANNED_PIXELS = 30, 1_000_000_000  # of a JPEG; a core goes over some 600 million pixels a second
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError)
 # what Pillow and its plugins raise at files that are not what their first bytes say
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    PillowImage.DecompressionBombError,
-)
-# what NumPy raises at files that hold no array, or a damaged one
-UNREADABLE_ARRAY = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    tokenize.TokenError,
-)
+UNREADABLE = (*DAMAGED, RuntimeError, struct.error, zlib.error, PillowImage.DecompressionBombError)
+UNREADABLE_ARRAY = (*DAMAGED, tokenize.TokenError)  # what NumPy raises at files that hold no array, or a damaged one
 
 
 class ImageError(UserError):
