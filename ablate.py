@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train
-from utils.config import ArgumentParser, UserError, check_minimum, options_from
+from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import write_texts
-from utils.runtime import LOGGER, ROOT, relative, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from experiments.trials import Cell
     from models.yolo import DetectionModel
-    from utils.trials import Cell
 
 ENDED = (
     "a training process was ended from outside, perhaps for want of memory. Give the same command again, with fewer"
@@ -112,8 +112,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     The last epoch is judged and not the best one: the best of many epochs was chosen on the images it is judged on.
     """
-    from models.checkpoint import read
-    from utils.trials import RESULT
+    from experiments.trials import RESULT
+    from models.checkpoints.files import read
 
     begun = time.monotonic()
     with _logging_to(cell.folder / "log.txt"):
@@ -158,8 +158,9 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from models.checkpoint import load_model
-    from utils.dataloaders import LoaderOptions, build_loader, prepare
+    from models.checkpoints.files import load_model
+    from utils.data import prepare
+    from utils.dataloaders import LoaderOptions, build_loader
     from utils.engine import EvalOptions, evaluate, round_up
 
     device = select_device(_device(cell))
@@ -206,14 +207,14 @@ def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
     """Add to `arms.json` what each arm costs to run, and what its gates do on the held-out images of its first seed."""
     import torch
 
-    from models.absorb import gates_in
-    from models.inspect_gates import HEADER, draw, inspect_gates
+    from experiments.data import read_arms
+    from experiments.pools import LocalPool
+    from models.gates.inspect import HEADER, draw, inspect_gates
+    from models.gates.start import gates_in
     from models.measure import gflops, latencies
-    from utils.dataloaders import prepare
+    from utils.data import prepare
     from utils.images import read_image
     from utils.labels import image_files
-    from utils.pools import LocalPool
-    from utils.report_data import read_arms
 
     file = folder / "arms.json"
     arms = read_arms(file)
@@ -249,7 +250,7 @@ def _network(cell: Cell, device: torch.device) -> tuple[DetectionModel, Tensor]:
     """The trained network of a cell, and an image of the size it was trained at."""
     import torch
 
-    from models.checkpoint import load_model
+    from models.checkpoints.files import load_model
     from utils.engine import round_up
 
     model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
@@ -263,7 +264,7 @@ def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tu
     import numpy as np
     import torch
 
-    from models.checkpoint import load_model
+    from models.checkpoints.files import load_model
     from utils.drawing import plot_batch
     from utils.images import read_image
 
@@ -301,7 +302,7 @@ def write_report(cells: Sequence[Cell], folder: Path, command: str) -> None:
     import numpy
     import torch
 
-    from utils import report
+    from experiments import report
 
     measure_arms(cells, folder)
     environment = {
@@ -315,7 +316,7 @@ def write_report(cells: Sequence[Cell], folder: Path, command: str) -> None:
     files = report.write(
         report.load(folder), folder, command=command, environment=environment, pictures=draw_samples(cells, folder)
     )
-    LOGGER.info(f"Report: {', '.join(relative(file) for file in files)}")
+    LOGGER.info(f"Report: {', '.join(display_path(file) for file in files)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -331,9 +332,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequence[str] = ()) -> Path:
     """Run what is missing of an ablation, whose recipe are train.py's `options`, and report it; its folder."""
-    from utils.recorder import write_yaml
-    from utils.statistics import scipy_stats
-    from utils.trials import (
+    from experiments.statistics import scipy_stats
+    from experiments.trials import (
         PER_ARM,
         PER_CELL,
         alone_in,
@@ -347,6 +347,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
         threads_of,
         write_splits,
     )
+    from utils.files import write_yaml
 
     check_minimum(own, jobs=1, folds=0)
     check_flags(own, options, train.build_parser())
@@ -374,7 +375,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
                 write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
             failed = _run_all(pool, todo)
         for cell, why in failed:
-            log = relative(cell.folder / "log.txt")
+            log = display_path(cell.folder / "log.txt")
             LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
         if any(cell.done for cell in cells):
             write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
@@ -386,7 +387,7 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
 
 
 def _pool(own: argparse.Namespace, threads: int) -> Executor:
-    from utils.pools import LocalPool, RayPool
+    from experiments.pools import LocalPool, RayPool
 
     devices = own.devices.split(",") if own.devices else []
     return LocalPool(own.jobs, threads, devices) if own.engine == "local" else RayPool(threads)
@@ -394,7 +395,7 @@ def _pool(own: argparse.Namespace, threads: int) -> Executor:
 
 def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
     """Every arm is built and sees one batch; the first mistake ends the ablation before it begins."""
-    from utils.report_data import read_arms
+    from experiments.data import read_arms
 
     found = {}
     for cell, future in [(cell, pool.submit(try_arm, cell)) for cell in cells]:

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from utils.config import ArgumentParser, UserError, check_minimum, options_from
+from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, ROOT, Stopwatch, fp16_works, relative, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, Stopwatch, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2
@@ -138,7 +138,7 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[list[Detec
     """The fused networks, ready on the device, and the files they came from."""
     import torch
 
-    from models.checkpoint import load_model, read
+    from models.checkpoints.files import load_model, read
     from utils.downloads import find_weights
 
     networks, paths = [], []
@@ -410,12 +410,12 @@ def _detect(options: argparse.Namespace) -> None:
         for message in source.skipped:
             LOGGER.warning(f"  {message}")
     if options.save_txt:
-        folder = relative(save_dir / "labels")
+        folder = display_path(save_dir / "labels")
         LOGGER.info(f"{results.num_label_files} label{'s' * (results.num_label_files != 1)} saved to {folder}")
     if options.save_txt or options.save_csv or options.save_crop or options.visualize or not options.nosave:
-        LOGGER.info(f"Results saved to {relative(save_dir)}")
+        LOGGER.info(f"Results saved to {display_path(save_dir)}")
     if options.update:
-        from models.checkpoint import strip
+        from models.checkpoints.files import strip
 
         for path in paths:
             strip(path)

@@ -17,27 +17,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ArgumentParser, UserError, check_hyp, check_minimum, options_from, read_hyp
+from utils.config import ROOT, ArgumentParser, UserError, check_hyp, check_minimum, display_path, options_from, read_hyp
+from utils.distributed import rank, rank_zero_first, world_size
 from utils.files import make_run_dir, remove_leftovers
-from utils.runtime import (
-    LOGGER,
-    ROOT,
-    init_seeds,
-    rank,
-    rank_zero_first,
-    relative,
-    run_script,
-    select_device,
-    setup_logging,
-    world_size,
-)
+from utils.runtime import LOGGER, init_seeds, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from models.checkpoint import Checkpoint
-    from models.transfer import Report
+    from models.checkpoints.files import Checkpoint
+    from models.gates.transfer import Report
     from utils.dataloaders import Batch
     from utils.engine import EvalResult, OnTrainBatch, Trainer
     from utils.optim import EarlyStopping
@@ -127,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(given: Mapping[str, Any]) -> argparse.Namespace:
     options = options_from(build_parser(), given)
     check(options)
-    from utils.training import process_group  # only now: mistakes above are answered at once
+    from utils.distributed import process_group  # only now: mistakes above are answered at once
 
     resumed = None
     if options.resume:
@@ -168,7 +158,7 @@ def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[arg
 
     A warning names the others where they differ.
     """
-    from models.checkpoint import read
+    from models.checkpoints.files import read
     from utils.recorder import newest_checkpoint
 
     file = newest_checkpoint([Path("runs"), ROOT / "runs"]) if options.resume is True else Path(options.resume)
@@ -191,7 +181,7 @@ def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[arg
             f"--resume goes on as the run was started: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} "
             f"ignored. To train with other settings, start a new run from its weights: --weights {file} --epochs N."
         )
-    LOGGER.info(f"Resuming {relative(file)} after epoch {checkpoint.epoch}")
+    LOGGER.info(f"Resuming {display_path(file)} after epoch {checkpoint.epoch}")
     return merged, checkpoint
 
 
@@ -209,10 +199,11 @@ class Training:
     """One run: its parts, made in the order they depend on each other, and the loop over epochs."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, resumed: Checkpoint | None) -> None:
-        from utils.dataloaders import prepare
+        from utils.data import prepare
+        from utils.distributed import is_main
         from utils.downloads import find_weights
         from utils.optim import EarlyStopping
-        from utils.training import HYP_OWNERS, build_loaders, build_trainer, fit_anchors_, freeze_, is_main, restore_
+        from utils.training import HYP_OWNERS, build_loaders, build_trainer, fit_anchors_, freeze_, restore_
 
         self.options, self.device, self.resumed, self.main = options, device, resumed, is_main()
         self.hyp = check_hyp(read_hyp(options.hyp), HYP_OWNERS)
@@ -245,8 +236,8 @@ class Training:
         """The network with the wanted weights, on the device."""
         import torch
 
-        from models.insert import write_arguments
-        from models.transfer import start_network
+        from models.gates.insert import write_arguments
+        from models.gates.transfer import start_network
         from models.yolo import build_model
 
         options, nc = self.options, len(self.names)
@@ -278,7 +269,7 @@ class Training:
 
     def _inserted(self) -> Path:
         """The YAML of --cfg with the gates of --insert: in a temporary folder, then beside the run's options."""
-        from models.insert import parse, write
+        from models.gates.insert import parse, write
 
         self.scratch = tempfile.TemporaryDirectory(prefix="yolov5-")
         file = Path(self.scratch.name) / f"{Path(self.options.cfg).stem}-inserted.yaml"
@@ -298,8 +289,8 @@ class Training:
 
     def _make_save_dir(self) -> Path:
         """The run folder with `weights/`, `hyp.yaml` and `opt.yaml`."""
-        from utils.recorder import write_yaml
-        from utils.training import agreed_path
+        from utils.distributed import agreed_path
+        from utils.files import write_yaml
 
         options = self.options
         if self.resumed is not None:
@@ -333,7 +324,7 @@ class Training:
                 losses = train_one_epoch(self.trainer, self.loader, epoch, on_batch=self._plot_batch(epoch))
             except NonFiniteLoss as error:
                 last = self.save_dir / "weights/last.pt"
-                kept = f" The last good checkpoint is {relative(last)}." if last.exists() else ""
+                kept = f" The last good checkpoint is {display_path(last)}." if last.exists() else ""
                 raise UserError(f"epoch {epoch}: {error}{kept}") from None
             if self._finish_epoch(epoch, losses):
                 break
@@ -364,7 +355,7 @@ class Training:
         LOGGER.info(
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
             f"Using {loader.num_workers} loader processes{lower}\n"
-            f"Logging results to {relative(self.save_dir)}\n"
+            f"Logging results to {display_path(self.save_dir)}\n"
             + (
                 f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
                 if self._epochs()
@@ -390,7 +381,7 @@ class Training:
 
     def _finish_epoch(self, epoch: int, losses: Iterable[float]) -> bool:
         """Validate, record and save one epoch; whether training ends with it."""
-        from utils.training import agreed
+        from utils.distributed import agreed
 
         options, stop = self.options, False
         if self.main:
@@ -429,7 +420,7 @@ class Training:
 
     def _save(self, epoch: int, *, improved: bool) -> None:
         """Write best.pt, then last.pt: a run killed in between repeats the epoch and writes the same best again."""
-        from models.checkpoint import save
+        from models.checkpoints.files import save
         from utils.training import training_state
 
         content = {
@@ -451,12 +442,12 @@ class Training:
         """Strip best.pt, judge it, draw, and strip last.pt at the very end: until then `--resume` finishes the rest."""
         import torch
 
-        from models.checkpoint import load_model
+        from models.checkpoints.files import load_model
 
         options, weights, pictures = self.options, self.save_dir / "weights", not self.options.noplots
         options.best = weights / "best.pt" if (weights / "best.pt").exists() else weights / "last.pt"
         self._strip(weights / "best.pt")
-        LOGGER.info(f"\nValidating {relative(options.best)}...")
+        LOGGER.info(f"\nValidating {display_path(options.best)}...")
         model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
         result = self._judge(model, pictures=pictures, per_class=len(self.names) > 1)
         self.val_loader.close()
@@ -470,15 +461,15 @@ class Training:
             self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], options.epochs - 1)
         self.recorder.close()
         self._strip(weights / "last.pt")
-        LOGGER.info(f"Results saved to {relative(self.save_dir)}")
+        LOGGER.info(f"Results saved to {display_path(self.save_dir)}")
 
     def _strip(self, file: Path) -> None:
-        from models.checkpoint import strip
+        from models.checkpoints.files import strip
 
         if not file.exists():
             return
         strip(file)
-        LOGGER.info(f"Optimizer stripped from {relative(file)}, {file.stat().st_size / 1e6:.1f}MB")
+        LOGGER.info(f"Optimizer stripped from {display_path(file)}, {file.stat().st_size / 1e6:.1f}MB")
 
     def _draw_validation(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
         from utils import plots

@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ArgumentParser, DatasetSpec, UserError, check_minimum, options_from
+from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, ROOT, fp16_works, relative, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from utils.data import DatasetSpec
     from utils.dataloaders import Batch
     from utils.engine import EvalOptions, EvalResult, ImageResult
 
@@ -98,7 +99,8 @@ def _run(options: argparse.Namespace) -> Summary:
 
 
 def _validate(options: argparse.Namespace) -> Summary:
-    from utils.dataloaders import LoaderOptions, build_loader, prepare
+    from utils.data import prepare
+    from utils.dataloaders import LoaderOptions, build_loader
     from utils.engine import TABLE_HEADER, evaluate, round_up, table_rows
 
     speed = options.task == "speed"
@@ -135,7 +137,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     times = "{:.1f}ms pre-process, {:.1f}ms inference, {:.1f}ms NMS per image".format(*result.times_ms)
     LOGGER.info(f"Speed: {times} at shape {shape}")
     summary = writer.finish(result)
-    LOGGER.info(f"Results saved to {relative(save_dir)}")
+    LOGGER.info(f"Results saved to {display_path(save_dir)}")
     return summary, result.maps, result.times_ms
 
 
@@ -162,7 +164,7 @@ def _load(
     """The fused network (an ensemble of several files), its class names and its largest stride."""
     import torch
 
-    from models.checkpoint import load_model
+    from models.checkpoints.files import load_model
     from utils.downloads import find_weights
     from utils.engine import Ensemble
 
@@ -170,7 +172,7 @@ def _load(
     for model, weights in zip(models, options.weights):
         if len(model.names) != spec.num_classes and not options.single_cls:
             raise UserError(
-                f"{weights}: knows {len(model.names)} classes, but {relative(spec.path)} names {spec.num_classes}. "
+                f"{weights}: knows {len(model.names)} classes, but {display_path(spec.path)} names {spec.num_classes}. "
                 "Give the dataset it was trained for, or --single-cls."
             )
     stride = max(int(model.stride.max()) for model in models)
@@ -245,11 +247,11 @@ class ResultWriter:
             plots.plot_evaluation(result, self.names, self.save_dir)
         if self.options.save_txt:
             count = len(list((self.save_dir / "labels").glob("*.txt")))
-            LOGGER.info(f"{count} label files in {relative(self.save_dir / 'labels')}")
+            LOGGER.info(f"{count} label files in {display_path(self.save_dir / 'labels')}")
         if self.options.save_json and self.predictions:
             file = self.save_dir / f"{Path(self.options.weights[0]).stem}_predictions.json"
             file.write_text(json.dumps(self.predictions), encoding="utf-8")
-            LOGGER.info(f"{len(self.predictions)} detections in {relative(file)}")
+            LOGGER.info(f"{len(self.predictions)} detections in {display_path(file)}")
             official = coco_map(file, self.spec, self.image_ids)
             if official is not None:
                 summary = (*summary[:2], *official, *summary[4:])
@@ -265,7 +267,7 @@ def coco_map(predictions: Path, spec: DatasetSpec, image_ids: list[int | str]) -
     """pycocotools' (mAP50, mAP50-95) of a results file; None, with the reason logged, where it cannot be computed."""
     annotations = spec.root / "annotations" / "instances_val2017.json"
     if not annotations.is_file():
-        LOGGER.info(f"no {relative(annotations)}: not scored with pycocotools")
+        LOGGER.info(f"no {display_path(annotations)}: not scored with pycocotools")
         return None
     try:
         from pycocotools.coco import COCO
@@ -304,7 +306,7 @@ def _study(options: argparse.Namespace) -> Summary:
         files.append(file)
     if not options.noplots:
         plots.plot_study(files, STUDY_SIZES, save_dir / "study.png")
-    LOGGER.info(f"Results saved to {relative(save_dir)}")
+    LOGGER.info(f"Results saved to {display_path(save_dir)}")
     return summary
 
 

@@ -23,9 +23,9 @@ import yaml
 from models.yolo import DetectionModel
 from utils.config import ROOT
 from utils.dataloaders import Batch
+from utils.distributed import agreed, process_group, rank, world_size
 from utils.engine import train_one_epoch
-from utils.runtime import rank, world_size
-from utils.training import agreed, build_trainer, process_group
+from utils.training import build_trainer
 
 CPU = torch.device("cpu")
 SIZE, CLASSES, BATCH, BATCHES = 64, 3, 4, 4

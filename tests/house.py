@@ -18,14 +18,15 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.boxes",
         "utils.config",
         "utils.files",
+        "utils.distributed",
         "utils.runtime",
         "utils.downloads",
-        "utils.statistics",
         "models.common",
         "models.attention",
     ),
     "data": (
         "utils.shapes",
+        "utils.data",
         "utils.images",
         "utils.labels",
         "utils.augmentations",
@@ -40,33 +41,55 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.base",
         "models.augment",
         "models.yolo",
-        "models.unpickle",
-        "models.archive",
-        "models.checkpoint",
-        "models.insert",
-        "models.absorb",
-        "models.alignment",
-        "models.copying",
-        "models.transfer",
+        "models.checkpoints.unpickle",
+        "models.checkpoints.archive",
+        "models.checkpoints.files",
+        "models.checkpoints.upstream",
+        "models.gates.insert",
+        "models.gates.start",
+        "models.gates.alignment",
+        "models.gates.copying",
+        "models.gates.transfer",
         "models.backends",
     ),
-    "judging": ("utils.nms", "utils.loss", "utils.metrics", "utils.autoanchor"),
+    "judging": ("utils.nms", "utils.loss", "utils.metrics", "utils.autoanchor", "utils.tasks"),
     "running": (
         "utils.optim",
+        "utils.inference",
         "utils.engine",
         "utils.training",
         "utils.recorder",
-        "utils.trials",
-        "utils.pools",
         "utils.drawing",
         "utils.plots",
-        "utils.report_data",
-        "utils.report_html",
-        "utils.report",
-        "models.inspect_gates",
         "models.predictor",
+        "models.gates.inspect",
     ),
-    "scripts": ("train", "val", "detect", "export", "ablate", "hubconf"),
+    "experiments": (
+        "experiments.statistics",
+        "experiments.trials",
+        "experiments.pools",
+        "experiments.data",
+        "experiments.page",
+        "experiments.report",
+    ),
+    "faces": (
+        "models.experimental",
+        "utils.general",
+        "utils.torch_utils",
+        "utils.datasets",
+        "utils.activations",
+        "hubconf",
+    ),
+    "scripts": (
+        "train",
+        "val",
+        "detect",
+        "export",
+        "ablate",
+        "models.insert",
+        "models.transfer",
+        "models.inspect_gates",
+    ),
 }
 TOP_ROW = "benchmarks"  # these scripts time everything else and nobody imports them
 
@@ -165,7 +188,7 @@ def place(module: str) -> tuple[int, int] | None:
 
 def is_ours(name: str) -> bool:
     scripts = ROWS["scripts"]
-    return name in scripts or name.split(".")[0] in {"utils", "models", TOP_ROW, *scripts}
+    return name in scripts or name.split(".")[0] in {"utils", "models", "experiments", "hubconf", TOP_ROW, *scripts}
 
 
 def import_rule(source: Source) -> Iterator[Violation]:
@@ -192,7 +215,7 @@ def third_party_rule(source: Source) -> Iterator[Violation]:
         if allowed and source.module not in allowed:
             yield Violation(source.path, line, f"only {', '.join(allowed)} may import {package}")
         only = ONLY_IMPORTS.get(source.module)
-        if only and package not in (*only, "models", "utils") and package not in sys.stdlib_module_names:
+        if only and package not in (*only, "models", "utils", "experiments") and package not in sys.stdlib_module_names:
             yield Violation(source.path, line, f"{source.module} may import only {', '.join(only)}, not {package}")
 
 

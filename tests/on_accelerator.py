@@ -24,10 +24,10 @@ from test_train import quick, rows_of, same, weights_of
 import detect
 import train
 import val
-from models.checkpoint import load_model
+from models.checkpoints.files import load_model
 from models.common import Gate
+from models.gates.inspect import inspect_gates
 from models.graph import layer_classes
-from models.inspect_gates import inspect_gates
 from models.yolo import DetectionModel
 from utils import engine
 from utils.engine import EvalOptions, Trainer, TrainOptions, evaluate, train_one_epoch

@@ -14,11 +14,7 @@ import pytest
 
 import ablate
 import train
-from tests.conftest import TinyDataset
-from utils.config import UserError
-from utils.recorder import write_yaml
-from utils.runtime import ROOT
-from utils.trials import (
+from experiments.trials import (
     Arm,
     Cell,
     alone_in,
@@ -32,6 +28,9 @@ from utils.trials import (
     threads_of,
     write_splits,
 )
+from tests.conftest import TinyDataset
+from utils.config import ROOT, UserError
+from utils.files import write_yaml
 
 
 def arms(*cfgs: str, arm: tuple[str, ...] = ()) -> list[Arm]:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.archive import Archive
-from models.checkpoint import FORMAT, load_model, network_yaml, read, save, state_dict, strip
+from models.checkpoints.archive import Archive
+from models.checkpoints.files import FORMAT, load_model, network_yaml, read, save, state_dict, strip
 from models.yolo import DetectionModel
 from utils.boxes import box_iou
 from utils.config import UserError

@@ -16,7 +16,6 @@ from utils.config import (
     check_hyp,
     check_minimum,
     find_file,
-    load_dataset,
     options_from,
     owned,
     read_hyp,
@@ -82,91 +81,6 @@ def test_a_misspelt_file_gets_a_suggestion() -> None:
 def test_a_file_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a file ending in .yaml or .yml"):
         find_file(write(tmp_path, "", "data.txt"), suffixes=(".yaml", ".yml"))
-
-
-def test_the_dataset_root_is_looked_for_below_the_variable_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sets" / "pets").mkdir(parents=True)
-    monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / "sets"))
-    path = write(tmp_path, "path: ../datasets/pets\ntrain: a\nval: [b, c]\nnames: [cat]\n")
-    spec = load_dataset(path)
-    assert spec.root == tmp_path / "sets" / "pets"
-    assert spec.val == (spec.root / "b", spec.root / "c")
-    assert spec.names == {0: "cat"}
-
-
-def test_upstreams_spelling_of_the_variable_means_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pets").mkdir()
-    monkeypatch.delenv("YOLOV5_DATASETS_DIR", raising=False)
-    monkeypatch.setenv("YOLOv5_DATASETS_DIR", str(tmp_path))
-    assert (
-        load_dataset({"path": "../datasets/pets", "train": "a", "val": "b", "names": ["x"]}).root == tmp_path / "pets"
-    )
-
-
-def test_the_dataset_root_may_be_relative_to_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("YOLOV5_DATASETS_DIR", raising=False)
-    assert load_dataset({"path": "mine", "train": "a", "val": "b", "names": ["x"]}).root == tmp_path / "mine"
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an empty repository, work (the working directory) and sets (YOLOV5_DATASETS_DIR)."""
-    for name in ("repository", "work", "sets"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr("utils.config.ROOT", tmp_path / "repository")
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv("YOLOv5_DATASETS_DIR", raising=False)
-    monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / "sets"))
-    return tmp_path
-
-
-def root_of(path: str) -> Path:
-    return load_dataset({"path": path, "train": "a", "val": "b", "names": ["x"]}).root
-
-
-@pytest.mark.parametrize("path", ["pets", "datasets/pets", "../datasets/pets", "../../pets", "a/../../pets", "../pets"])
-def test_what_is_nowhere_goes_below_the_variable_else_below_the_repository(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    assert root_of(path) == elsewhere / "sets" / "pets"
-    monkeypatch.delenv("YOLOV5_DATASETS_DIR")
-    assert root_of(path) == elsewhere / "repository" / "datasets" / "pets"
-
-
-def test_what_lies_somewhere_is_found_there(elsewhere: Path) -> None:
-    for place in ("repository/datasets/pets", "datasets/pets", "sets/pets"):  # the later ones come first
-        (elsewhere / place).mkdir(parents=True)
-        assert root_of("../datasets/pets") == elsewhere / place
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("val: b\nnames: [x]\n", "has no 'train' entry"),
-        ("train: a\nval: b\n", "expected `names:`"),
-        ("train: a\nval: b\nnames:\n  1: x\n", "some.yaml:4: class numbers must run 0, 1, 2"),
-        ("train: a\nval: b\nnames: [x]\nnc: 2\n", "some.yaml:4: nc is 2, but 1 names follow"),
-        ("train: a\nval: b\nnames: [x]\ndownload: bash get.sh\n", "some.yaml:4: 'download' takes the https address"),
-        ("train: 3\nval: b\nnames: [x]\n", "some.yaml:1: 'train' takes folders"),
-        ("train: a\nval: b\nnames: [x]\ndraw: cats\n", "some.yaml:4: can draw 'shapes' only"),
-    ],
-)
-def test_a_wrong_dataset_entry_names_its_line(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_dataset(write(tmp_path, text))
-    assert message in str(caught.value)
-
-
-def test_a_split_the_yaml_does_not_name_says_which() -> None:
-    spec = load_dataset({"train": "a", "val": "b", "names": ["x"]})
-    with pytest.raises(UserError, match="names no 'test' images"):
-        spec.split("test")
 
 
 @dataclass
@@ -318,16 +232,6 @@ def test_an_option_below_its_minimum_is_named() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- shipped YAMLs
-
-
-@pytest.mark.parametrize(("name", "count", "last"), [("coco128", 80, "toothbrush"), ("coco", 80, "toothbrush")])
-def test_shipped_datasets_name_their_classes(name: str, count: int, last: str) -> None:
-    spec = load_dataset(f"{name}.yaml")
-    assert spec.num_classes == count and spec.names[count - 1] == last and spec.names[0] == "person"
-
-
-def test_coco128_and_coco_have_the_same_classes() -> None:
-    assert load_dataset("coco128.yaml").names == load_dataset("coco.yaml").names
 
 
 @pytest.mark.parametrize(

@@ -19,20 +19,19 @@ from hypothesis import strategies as st
 from tests.conftest import TinyDataset
 from utils.boxes import cxcywhn_to_xyxy, undo_letterbox
 from utils.config import UserError
+from utils.data import prepare
 from utils.dataloaders import (
     Batch,
     BatchOrder,
     ImageDataset,
-    ImageError,
     Loader,
     LoaderOptions,
     build_loader,
     num_workers,
-    prepare,
-    read_image,
     rect_order,
     rect_shapes,
 )
+from utils.images import ImageError, read_image
 
 STRONG = dict(mosaic=0.7, mixup=0.5, degrees=10, scale=0.5, translate=0.1, shear=2, perspective=0.0005, flipud=0.5)
 TRAIN: dict[str, Any] = dict(imgsz=64, batch_size=3, augment=True, shuffle=True, hyp=STRONG)
@@ -70,18 +69,6 @@ def test_rectangular_shapes_are_those_of_yolov5(
     ratios: tuple[float, ...], pad: float, shapes: list[tuple[int, int]]
 ) -> None:
     assert rect_shapes(np.array(ratios), 2, LoaderOptions(imgsz=640, batch_size=2, pad=pad)) == shapes
-
-
-def test_validation_on_coco128_has_the_reference_shapes(datasets_dir: Path) -> None:
-    images = str(datasets_dir / "coco128" / "images" / "train2017")
-    spec = prepare({"train": images, "val": images, "names": [str(i) for i in range(80)]})
-    loader, dataset = build_loader(
-        spec, spec.split("val"), LoaderOptions(imgsz=640, batch_size=32, rect=True, pad=0.5, workers=0)
-    )
-    assert sum(map(len, dataset.labels_list)) == 929
-    ratios = dataset.shapes_hw[:, 0] / dataset.shapes_hw[:, 1]
-    assert (np.diff(ratios) >= 0).all()
-    assert dataset.batch_shapes == [(448, 672), (512, 672), (672, 672), (672, 608)] and len(loader) == 4
 
 
 def test_rectangular_batches_hold_every_image_once_in_order_of_aspect_ratio(tiny_dataset: TinyDataset) -> None:
@@ -380,15 +367,6 @@ def test_in_validation_an_image_that_cannot_be_decoded_is_grey_and_keeps_its_lab
     assert "1 of the images" in line and "judged as grey, their objects as missed" in line and "train2.png" in line
 
 
-def test_missing_images_name_the_line_of_the_yaml_and_a_way_out(tmp_path: Path) -> None:
-    yaml = tmp_path / "d.yaml"
-    yaml.write_text("path: nowhere\ntrain: images/a\nval: images/b\nnames: [x]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"d\.yaml:3: the 'val' images are not at .*nowhere.*b.*shapes\.yaml"):
-        prepare(yaml, task="val")
-    with pytest.raises(UserError, match=r"d\.yaml:2: the 'train' images"):
-        prepare(yaml, task="train")
-
-
 def test_a_folder_without_images_is_refused(own_tiny_dataset: TinyDataset) -> None:
     for file in own_tiny_dataset.val:
         file.unlink()
@@ -419,22 +397,13 @@ def test_polygons_become_boxes_that_follow_the_warp(own_tiny_dataset: TinyDatase
     assert sum(len(batch.targets) for batch in loader) > 8
 
 
-def test_missing_images_are_fetched_and_found_below_the_archives_own_folder(
-    own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fetched = []
-
-    def fetch(url: str, folder: Path) -> Path:
-        fetched.append((url, folder))
-        return own_tiny_dataset.root
-
-    monkeypatch.setattr("utils.dataloaders.fetch_archive", fetch)
-    yaml = tmp_path / "d.yaml"
-    address = "https://example.com/tiny.zip"
-    yaml.write_text(
-        f"path: {tmp_path}/data/other\ntrain: images/train\nval: images/val\nnames: [a, b]\ndownload: {address}\n",
-        encoding="utf-8",
+def test_validation_on_coco128_has_the_reference_shapes(datasets_dir: Path) -> None:
+    images = str(datasets_dir / "coco128" / "images" / "train2017")
+    spec = prepare({"train": images, "val": images, "names": [str(i) for i in range(80)]})
+    loader, dataset = build_loader(
+        spec, spec.split("val"), LoaderOptions(imgsz=640, batch_size=32, rect=True, pad=0.5, workers=0)
     )
-    spec = prepare(yaml, task="train")
-    assert fetched == [(address, tmp_path / "data")]
-    assert spec.split("val") == (own_tiny_dataset.root / "images" / "val",)
+    assert sum(map(len, dataset.labels_list)) == 929
+    ratios = dataset.shapes_hw[:, 0] / dataset.shapes_hw[:, 1]
+    assert (np.diff(ratios) >= 0).all()
+    assert dataset.batch_shapes == [(448, 672), (512, 672), (672, 672), (672, 608)] and len(loader) == 4

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import detect
-from models import checkpoint
+from models.checkpoints import files as checkpoint
 from models.yolo import DetectionModel
 from utils.boxes import paired_iou
 from utils.config import UserError

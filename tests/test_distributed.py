@@ -20,8 +20,8 @@ from torch import nn
 import train
 from models.yolo import DetectionModel
 from utils.config import UserError
+from utils.distributed import process_group
 from utils.optim import ModelEMA, parameter_groups
-from utils.training import process_group
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from models.yolo import DetectionModel
 from utils.boxes import Letterbox
 from utils.config import UserError
-from utils.dataloaders import Batch, LoaderOptions, build_loader, prepare
+from utils.data import prepare
+from utils.dataloaders import Batch, LoaderOptions, build_loader
 from utils.engine import (
     CPU_CHUNK,
     TABLE_HEADER,

@@ -17,12 +17,12 @@ import torch
 import yaml
 
 from models import graph as graphs
-from models.absorb import absorbing, gates_in
-from models.checkpoint import Checkpoint, read, save
+from models.checkpoints.files import Checkpoint, read, save
 from models.common import Gate
+from models.gates.insert import Insertion, insert, places
+from models.gates.start import absorbing, gates_in
+from models.gates.transfer import transfer
 from models.graph import HEADS, Graph, layer_classes
-from models.insert import Insertion, insert, places
-from models.transfer import transfer
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT
 
@@ -91,7 +91,7 @@ def test_a_gate_anywhere_builds_the_right_network(cfg: Path) -> None:
 
 def _is_old(index: int, plain: Graph, new: Graph) -> bool:
     """Whether row `index` of the new network is a gate that the plain one had already (the shipped SE networks)."""
-    from models.alignment import align
+    from models.gates.alignment import align
 
     return index in align(plain, new).values()
 

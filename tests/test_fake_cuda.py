@@ -141,18 +141,18 @@ def test_images_become_numbers_on_the_device(half: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def balancing_loss(model: DetectionModel, **options: bool) -> ComputeLoss:
+def balancing_loss(model: DetectionModel) -> ComputeLoss:
     """A loss with autobalance; for it the strides are read once, and only those on the CPU have values here."""
     model.head.stride = model.stride
-    return ComputeLoss(model, autobalance=True, **options)
+    return ComputeLoss(model, autobalance=True)
 
 
-@pytest.mark.parametrize("changed", [False, True], ids=["defaults", "fl_gamma, autobalance, sort_obj_iou"])
+@pytest.mark.parametrize("changed", [False, True], ids=["defaults", "fl_gamma, autobalance"])
 def test_the_loss_is_made_and_taken_on_the_device(changed: bool) -> None:
     model = network(**({"fl_gamma": 1.5, "label_smoothing": 0.1} if changed else {}))
     with fake_cuda() as cuda:
         model.to(CUDA)
-        compute_loss = balancing_loss(model, sort_obj_iou=True) if changed else ComputeLoss(model)
+        compute_loss = balancing_loss(model) if changed else ComputeLoss(model)
         predictions, labels = model(to_float(images(), CUDA)), targets().to(CUDA, non_blocking=True)
         cuda.waits.clear()  # making the loss copies its constants to the device
         for rows in (labels, labels[:0]):

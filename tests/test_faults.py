@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import read
+from models.checkpoints.files import read
 from tests.conftest import TinyDataset
 from tests.test_train import micro_network
-from utils.config import UserError
-from utils.dataloaders import Loader, LoaderOptions, build_loader, prepare
+from utils.config import ROOT, UserError
+from utils.data import prepare
+from utils.dataloaders import Loader, LoaderOptions, build_loader
 from utils.files import PARTIAL
-from utils.runtime import ROOT
 
 PATIENCE = 300
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from utils.config import UserError
+from utils.config import ROOT, UserError
 from utils.files import PARTIAL, make_run_dir, remove_leftovers, replacing, user_cache_dir, write_texts
-from utils.runtime import ROOT
 
 
 def options(project: Path, name: str = "exp", *, exist_ok: bool = False) -> argparse.Namespace:

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.checkpoint import load_model, read
+from models.checkpoints.files import load_model, read
 from tests.bounds import bounded
 from utils.config import UserError
 

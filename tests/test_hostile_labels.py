@@ -13,7 +13,8 @@ from tests.conftest import TinyDataset
 from tests.test_hostile_images import at_most
 from tests.test_labels import same
 from utils import labels
-from utils.config import UserError, load_dataset
+from utils.config import UserError
+from utils.data import load_dataset
 from utils.labels import Scan, parse_label_file, scan
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"

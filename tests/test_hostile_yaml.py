@@ -10,19 +10,11 @@ import pytest
 import torch
 
 from models import graph
-from models.checkpoint import read
+from models.checkpoints.files import read
 from models.yolo import build_model
 from tests.bounds import bounded
-from utils.config import (
-    MAX_MESSAGE,
-    MAX_YAML_BYTES,
-    ArgumentParser,
-    UserError,
-    find_file,
-    load_dataset,
-    read_hyp,
-    read_yaml,
-)
+from utils.config import MAX_MESSAGE, MAX_YAML_BYTES, ArgumentParser, UserError, find_file, read_hyp, read_yaml
+from utils.data import load_dataset
 from utils.downloads import fetch_archive, find_weights
 
 PRIME = 2**61 - 1  # Python's hash of an integer is its remainder

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.gates.insert import Insertion, gates, insert, parse, places, table
 from models.graph import Graph, Row, read
-from models.insert import Insertion, gates, insert, parse, places, table
 from utils.config import ROOT, UserError
 
 NETWORKS = sorted(path for path in (ROOT / "models").rglob("yolo*.yaml"))

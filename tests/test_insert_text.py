@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from models.gates.insert import insert, parse, run, table, write
 from models.graph import read
-from models.insert import insert, parse, run, table, write
 from tests.test_insert import BLOCK, FLOW, after, graph_of, lines, options, small, without_header
 from utils import runtime
 from utils.config import ROOT, UserError

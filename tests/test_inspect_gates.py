@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.absorb import gates_in
-from models.checkpoint import save
-from models.inspect_gates import GateStatistics, inspect_gates, run, table
+from models.checkpoints.files import save
+from models.gates.inspect import GateStatistics, inspect_gates, run, table
+from models.gates.start import gates_in
 from models.yolo import DetectionModel
 from tests.conftest import TinyDataset
 from utils.config import UserError

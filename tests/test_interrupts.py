@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_tiny_dataset
-from utils.runtime import ROOT
+from utils.config import ROOT
 
 pytestmark = [
     pytest.mark.slow,

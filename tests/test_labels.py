@@ -15,7 +15,8 @@ from conftest import TinyDataset
 from PIL import Image
 
 from utils import labels
-from utils.config import DatasetSpec, UserError, load_dataset
+from utils.config import UserError
+from utils.data import DatasetSpec, load_dataset
 from utils.labels import Sample, Scan, image_files, image_shape, label_path, parse_label_file, scan
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"

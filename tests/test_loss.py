@@ -93,7 +93,7 @@ def slow_bce(logit: Tensor, wanted: float, positive_weight: float, gamma: float)
 
 
 def slow_loss(
-    predictions: list[Tensor], targets: Tensor, hyp: dict[str, float], anchors: Tensor, *, best_wins: bool = False
+    predictions: list[Tensor], targets: Tensor, hyp: dict[str, float], anchors: Tensor
 ) -> tuple[Tensor, Tensor]:
     hyp = {"cls_pw": 1, "obj_pw": 1, "anchor_t": 4, "fl_gamma": 0, "label_smoothing": 0} | hyp
     balances = (4.0, 1.0, 0.4) if len(predictions) == 3 else (4.0, 1.0, 0.25, 0.06, 0.02)
@@ -108,8 +108,7 @@ def slow_loss(
             xy, wh = 2 * t[:2].sigmoid() - 0.5, (2 * t[2:4].sigmoid()) ** 2 * torch.tensor(anchor).double()
             ciou = paired_iou(torch.cat((xy, wh)), torch.tensor(label).double())
             box = box + (1 - ciou) / len(rows)
-            place, value = (image, index, row, column), max(ciou.item(), 0)
-            wanted[place] = max(value, wanted.get(place, 0)) if best_wins else value
+            wanted[image, index, row, column] = max(ciou.item(), 0)
             if level.shape[4] > 6:
                 each = [
                     slow_bce(logit, 1 - smooth if c == class_index else smooth, hyp["cls_pw"], hyp["fl_gamma"])
@@ -138,14 +137,11 @@ CASES: dict[str, dict[str, float]] = {
 
 
 @pytest.mark.parametrize("hyp", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("best_wins", [False, True])
-def test_loss_and_gradient_equal_the_slow_reference(hyp: dict[str, float], best_wins: bool) -> None:
+def test_loss_and_gradient_equal_the_slow_reference(hyp: dict[str, float]) -> None:
     network = Network(hyp)
     predictions, targets = raw_predictions(1), random_targets(1)
-    total, items = ComputeLoss(network, sort_obj_iou=best_wins)(predictions, targets)
-    expected_total, expected_items = slow_loss(
-        predictions, targets, network.hyp, network.model[-1].anchors, best_wins=best_wins
-    )
+    total, items = ComputeLoss(network)(predictions, targets)
+    expected_total, expected_items = slow_loss(predictions, targets, network.hyp, network.model[-1].anchors)
     torch.testing.assert_close(items.double(), expected_items.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total.double(), expected_total.detach()[None], rtol=1e-5, atol=1e-6)
     ours = torch.autograd.grad(total.sum(), predictions)
@@ -270,18 +266,16 @@ def test_not_a_number_in_gives_not_a_number_out(place: int) -> None:
 
 
 def test_the_last_label_of_a_cell_decides_its_objectness() -> None:
-    """Two labels in one cell: swapping them swaps whose IoU is wanted, unless the best is to win."""
+    """Two labels in one cell: swapping them swaps whose IoU is wanted."""
     anchors = Head(4, 3).anchors
     first = torch.tensor([[0.0, 0, 0.52, 0.53, 0.15, 0.35], [0, 0, 0.54, 0.55, 0.2, 0.5]])
     predictions = [torch.zeros_like(level) for level in raw_predictions(6, batch=1)]  # boxes of the anchors' size
     for level in predictions:
         level[..., 4] = 1  # at 0 the cost would not depend on what is wanted
     orders = (first, first.flip(0))
-    plain, best = (
-        [ComputeLoss(Network(), sort_obj_iou=flag)(predictions, t)[1][1] for t in orders] for flag in (False, True)
-    )
-    assert plain[0] != plain[1] and best[0] == pytest.approx(best[1].item(), rel=1e-6)
-    for targets, ours in zip(orders, plain, strict=True):
+    found = [ComputeLoss(Network())(predictions, t)[1][1] for t in orders]
+    assert found[0] != found[1]
+    for targets, ours in zip(orders, found, strict=True):
         assert ours.item() == pytest.approx(
             slow_loss(predictions, targets, Network().hyp, anchors)[1][1].item(), rel=1e-5
         )

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from models import graph as graphs
-from models.checkpoint import read, save
-from models.insert import Insertion, insert
-from models.transfer import output_difference, transfer
+from models.checkpoints.files import read, save
+from models.gates.insert import Insertion, insert
+from models.gates.transfer import output_difference, transfer
 from models.yolo import DetectionModel
 from tests.test_exact import ALL, COMPARED, GATES, SMALL, legal_places, narrow
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import ablate
-from models.checkpoint import read
+from experiments.pools import RayPool
+from experiments.trials import Cell
+from models.checkpoints.files import read
 from tests.conftest import TinyDataset
 from tests.test_ablate import options
-from utils.config import UserError
-from utils.pools import RayPool
-from utils.runtime import ROOT
-from utils.trials import Cell
+from utils.config import ROOT, UserError
 
 
 def test_without_ray_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +53,7 @@ def test_trainings_end_with_a_killed_or_interrupted_ablation(how: signal.Signals
     script.write_text(
         "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.pools import LocalPool\n"
+        "from experiments.pools import LocalPool\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
         "    with LocalPool(2, 1, []) as pool:\n"
@@ -96,7 +95,7 @@ def test_processes_that_are_just_starting_say_nothing_when_interrupted(after: fl
     script.write_text(
         "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.pools import LocalPool\n"
+        "from experiments.pools import LocalPool\n"
         "from utils.runtime import run_script\n"
         "def main():\n"
         "    with LocalPool(2, 1, []) as pool:\n"

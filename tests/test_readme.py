@@ -90,8 +90,8 @@ def ablation(command: Command) -> argparse.Namespace:
     """The recipe of an ablation, once its arms are understood and those that insert gates can be made."""
     import ablate
     import train
-    from models.insert import insert, parse
-    from utils.trials import arms_of, seeds_of
+    from experiments.trials import arms_of, seeds_of
+    from models.gates.insert import insert, parse
 
     own, rest = ablate.build_parser().parse_known_args(command.words[2:])
     assert seeds_of(own.seeds), command
@@ -198,7 +198,7 @@ def test_no_figure_is_left_to_be_measured(document: str) -> None:
 
 
 def test_the_dataset_example_is_a_valid_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils.config import load_dataset
+    from utils.data import load_dataset
 
     for document in READMES:
         example = next(content for language, content in fenced(read(document)) if language == "yaml")

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import yaml
 
+from experiments.data import Boxes
+from experiments.page import Table, markdown, page, ticks
+from experiments.report import load, write
 from utils.config import UserError
-from utils.report import load, write
-from utils.report_data import Boxes
-from utils.report_html import Table, markdown, page, ticks
 
 pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
 

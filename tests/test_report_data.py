@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.report import load
 from tests.test_report import HEADER, PERFECT, SIX, ablation_in, md_rows, report, write_cell
 from utils.config import UserError
-from utils.report import load
 
 # --------------------------------------------------------------------------------------------------- missing and broken
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.config import UserError
-from utils.runtime import ROOT, Stopwatch, init_seeds, run_script, select_device
+from utils.config import ROOT, UserError
+from utils.runtime import Stopwatch, init_seeds, run_script, select_device
 
 
 @pytest.fixture(autouse=True)

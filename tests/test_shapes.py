@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from utils import shapes
-from utils.config import ROOT, DatasetSpec, UserError, load_dataset
-from utils.shapes import CLASSES, SIZE, SPLITS, UNIT, Picture, Shape, coverage, draw, prepare_shapes, visible_share
+from utils.config import ROOT, UserError
+from utils.data import DatasetSpec, load_dataset, prepare_shapes
+from utils.shapes import CLASSES, SIZE, SPLITS, UNIT, Picture, Shape, coverage, draw, visible_share
 
 # Decided before anything was trained on the set. Whoever has a reason to change it raises VERSION and trains anew.
 FROZEN = "2b37c08d5e91c6a9c4ea83b2d992a124837cc8b0434b5e3c418c1ab2208b19d4"
@@ -248,9 +249,9 @@ def test_a_folder_of_another_version_is_drawn_again(spec: DatasetSpec) -> None:
 @pytest.mark.usefixtures("few")
 def test_two_processes_may_draw_at_once(spec: DatasetSpec) -> None:
     code = (
-        "import pathlib, sys; from utils import shapes; from utils.config import load_dataset;"
+        "import pathlib, sys; from utils import shapes; from utils.data import load_dataset, prepare_shapes;"
         "shapes.SPLITS = {'train': 6, 'val': 3};"
-        "shapes.prepare_shapes(load_dataset('shapes.yaml').moved(pathlib.Path(sys.argv[1])))"
+        "prepare_shapes(load_dataset('shapes.yaml').moved(pathlib.Path(sys.argv[1])))"
     )
     children = [subprocess.Popen([sys.executable, "-c", code, str(spec.root)], cwd=ROOT) for _ in range(2)]
     assert [child.wait() for child in children] == [0, 0]
@@ -282,7 +283,7 @@ def test_the_folder_for_datasets_is_where_it_is_drawn(
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("utils.config.ROOT", tmp_path / "repository")
+    monkeypatch.setattr("utils.data.ROOT", tmp_path / "repository")
     monkeypatch.setenv("YOLOV5_CACHE_DIR", str(tmp_path / "cache"))  # a set drawn there before would be used
     data = ROOT / "data" / "shapes.yaml"
     for variable, wanted in ((None, tmp_path / "repository/datasets/shapes"), ("sets", tmp_path / "sets/shapes")):

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.config import UserError
-from utils.statistics import (
+from experiments.statistics import (
     Comparison,
     bca_interval,
     compare,
@@ -25,6 +24,7 @@ from utils.statistics import (
     sign_flip_p,
     smallest_p,
 )
+from utils.config import UserError
 
 stats = pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
 quick = settings(max_examples=60, deadline=None)  # no deadline: a busy machine is no failure

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from experiments.statistics import Judged, Metric, image_bootstrap_seeds
 from tests.test_statistics import no_warnings, quick, stats  # noqa: F401
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision
-from utils.statistics import Judged, Metric, image_bootstrap_seeds
 
 
 def image_bootstrap(baseline: Judged, arm: Judged, metric: Metric, resamples: int = 100) -> tuple[float, float]:

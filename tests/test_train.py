@@ -22,7 +22,7 @@ import yaml
 from conftest import REPOSITORY, TinyDataset
 
 import train
-from models.checkpoint import load_model, read, save
+from models.checkpoints.files import load_model, read, save
 from tests.test_dataloaders import spoil
 from utils.config import UserError
 from utils.recorder import COLUMNS
@@ -233,7 +233,7 @@ def test_resuming_with_the_flags_of_the_run_warns_of_nothing(
 def test_the_number_of_workers_may_change_on_resuming_to_the_default_too(
     finished: argparse.Namespace, tmp_path: Path
 ) -> None:
-    from models.checkpoint import read
+    from models.checkpoints.files import read
 
     last = stopped_after_epoch_0(finished, tmp_path / "stopped")
     options = train.options_from(train.build_parser(), {"resume": last})
@@ -245,7 +245,7 @@ def test_the_number_of_workers_may_change_on_resuming_to_the_default_too(
 @pytest.mark.parametrize(
     ("place", "plots"),
     [
-        ("models.checkpoint.load_model", False),  # after best.pt was stripped
+        ("models.checkpoints.files.load_model", False),  # after best.pt was stripped
         pytest.param("utils.plots.plot_results", True, marks=pytest.mark.slow),
         ("utils.recorder.Recorder.close", False),  # before last.pt is
     ],

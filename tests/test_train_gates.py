@@ -12,9 +12,9 @@ from test_train import HYP, quick
 
 import train
 from models import graph
-from models.absorb import gates_in
-from models.checkpoint import load_model, read
-from models.insert import insert, parse
+from models.checkpoints.files import load_model, read
+from models.gates.insert import insert, parse
+from models.gates.start import gates_in
 from tests.conftest import TinyDataset
 from utils.config import ROOT, UserError, options_from
 

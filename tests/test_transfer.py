@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from models import graph
-from models.alignment import align
-from models.checkpoint import Checkpoint, read, save
-from models.transfer import Report, start_network, transfer
+from models.checkpoints.files import Checkpoint, read, save
+from models.gates.alignment import align
+from models.gates.transfer import Report, start_network, transfer
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT, UserError
 

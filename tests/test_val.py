@@ -19,7 +19,7 @@ from conftest import REPOSITORY, TinyDataset
 
 import detect
 import val
-from models.checkpoint import save
+from models.checkpoints.files import save
 from models.yolo import build_model
 from tests.test_dataloaders import spoil
 from utils.config import UserError
@@ -241,7 +241,7 @@ def test_with_one_class_the_files_say_that_class(checkpoint: Path, tiny_dataset:
 
 
 def test_with_one_class_coco_gets_its_first_category(own_tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    from utils.config import load_dataset
+    from utils.data import load_dataset
     from utils.engine import ImageResult
 
     root = own_tiny_dataset.root / "coco"

@@ -89,13 +89,6 @@ def clip_xyxy(boxes: Boxes, shape_hw: tuple[float, float]) -> Boxes:
     return _join([column.clip(0, limit) for column, limit in zip((x1, y1, x2, y2), limits, strict=True)], rest)
 
 
-def apply_letterbox(boxes: Boxes, letterbox: Letterbox) -> Boxes:
-    """Boxes (..., 4+) as corners in pixels of the original image, moved to pixels of the letterboxed canvas."""
-    (pad_x, pad_y), scale = letterbox.pad_xy, letterbox.scale
-    x1, y1, x2, y2, rest = _columns(boxes)
-    return _join((x1 * scale + pad_x, y1 * scale + pad_y, x2 * scale + pad_x, y2 * scale + pad_y), rest)
-
-
 def undo_letterbox(boxes: Boxes, letterbox: Letterbox) -> Boxes:
     """Boxes (..., 4+) as corners in pixels of the letterboxed canvas, moved to the original image and clipped to it."""
     (pad_x, pad_y), scale = letterbox.pad_xy, letterbox.scale

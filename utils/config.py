@@ -1,4 +1,4 @@
-"""Configuration as data: YAML that remembers its lines, dataset and hyper-parameter files, command-line options.
+"""Configuration as data: YAML that remembers its lines, hyper-parameter files, command-line options.
 
 Everything here needs only PyYAML, so that `--help` and a typing mistake are answered without importing torch.
 """
@@ -9,10 +9,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import math
 import os
-import stat
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -297,145 +295,6 @@ def find_file(name: str | Path, folders: Iterable[str] = ("data", "models"), suf
     alike = [file.name for file in everything if file.suffix == path.suffix]
     looked = ", ".join(display_path(ROOT / folder) for folder in folders)
     raise UserError(f"{name}: no such file, here or below {looked}.{closest(path.name, alike)}")
-
-
-# ------------------------------------------------------------------------------------------------------------- dataset
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """A dataset YAML with its paths resolved; the paths need not exist yet (they may have to be fetched or drawn)."""
-
-    file: YamlFile
-    root: Path
-    names: dict[int, str]
-    train: tuple[Path, ...]
-    val: tuple[Path, ...]
-    test: tuple[Path, ...] = ()
-    download: str | None = None  # an https archive
-    draw: str | None = None  # "shapes": made by utils.shapes on first use
-
-    @property
-    def path(self) -> Path:
-        """The YAML file."""
-        return self.file.path
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.names)
-
-    def split(self, task: str) -> tuple[Path, ...]:
-        """Folders, lists or images of `train`, `val` or `test`; UserError where the YAML does not name that split."""
-        paths: tuple[Path, ...] = {"train": self.train, "val": self.val, "test": self.test}[task]
-        if not paths:
-            raise UserError(f"{display_path(self.path)}: names no '{task}' images. Add a line `{task}: <folder>`.")
-        return paths
-
-    def moved(self, root: Path) -> DatasetSpec:
-        """The same dataset below another root."""
-
-        def move(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-            return tuple(root / p.relative_to(self.root) if p.is_relative_to(self.root) else p for p in paths)
-
-        return dataclasses.replace(self, root=root, train=move(self.train), val=move(self.val), test=move(self.test))
-
-
-def datasets_dir() -> Path | None:
-    """`YOLOV5_DATASETS_DIR` (upstream's spelling `YOLOv5_DATASETS_DIR` means the same), or None."""
-    value = os.environ.get("YOLOV5_DATASETS_DIR") or os.environ.get("YOLOv5_DATASETS_DIR")  # noqa: SIM112
-    return user_path(value) if value else None
-
-
-def refuse_read_only(folder: Path) -> None:
-    """Raise PermissionError where a folder, or the nearest above it that exists, is marked read-only.
-
-    The system itself does not stop root from writing there.
-    """
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.stat().st_mode & stat.S_IWUSR:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
-
-
-def load_dataset(data: str | Path | Mapping[str, Any]) -> DatasetSpec:
-    """Read a dataset YAML (or an equal mapping) and resolve its paths.
-
-    A relative `path` is looked for below `YOLOV5_DATASETS_DIR` where that is set, the working directory, the repository
-    and its folder `datasets`; the first that exists wins. What is nowhere is fetched or drawn into
-    `YOLOV5_DATASETS_DIR`, else into the repository's `datasets`: a leading `../datasets/` or `datasets/` stands for
-    this place, and other steps upwards are left out of it.
-
-    Raises:
-        UserError: a missing or unknown kind of entry, with the YAML's line.
-    """
-    if isinstance(data, Mapping):
-        file = YamlFile(Path("data"), dict(data))
-    else:
-        file = read_yaml(find_file(data, ("data",), (".yaml", ".yml")))
-    root = _dataset_root(file)
-    names = _names(file)
-    splits = {task: _split_paths(file, task, root) for task in ("train", "val", "test")}
-    for task in ("train", "val"):
-        if not splits[task]:
-            raise UserError(f"{file.where()}: has no '{task}' entry. Add `{task}: <folder of images>`.")
-    download, draw = file.data.get("download"), file.data.get("draw")
-    if draw is not None and draw != "shapes":
-        raise UserError(f"{file.where('draw')}: can draw 'shapes' only, not {draw!r}.")
-    if download is not None and not str(download).startswith("https://"):
-        raise UserError(
-            f"{file.where('download')}: 'download' takes the https address of a zip or tar archive; "
-            "scripts in a dataset file are never run. Fetch the data yourself and remove the line."
-        )
-    return DatasetSpec(file=file, root=root, names=names, **splits, download=download, draw=draw)
-
-
-def _dataset_root(file: YamlFile) -> Path:
-    value = file.data.get("path") or "."
-    if not isinstance(value, str):
-        raise UserError(f"{file.where('path')}: 'path' must be a folder, found {value!r}.")
-    path = user_path(value)
-    if path.is_absolute():
-        return path
-    inside = Path(*(part for part in Path(os.path.normpath(path)).parts if part != ".."))
-    if inside.parts[:1] == ("datasets",):
-        inside = inside.relative_to("datasets")
-    named, own = datasets_dir(), ROOT / "datasets"
-    candidates = [Path.cwd() / path, ROOT / path, own / inside]
-    if named is not None:
-        candidates.insert(0, named / inside)
-    return Path(os.path.realpath(next((c for c in candidates if os.path.exists(c)), (named or own) / inside)))
-
-
-def _names(file: YamlFile) -> dict[int, str]:
-    value = file.data.get("names")
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        raise UserError(
-            f"{file.where('names')}: expected `names:` with one name per class, as a list or `0: name` lines."
-        )
-    for expected, key in enumerate(value):
-        if key != expected or isinstance(key, bool):
-            raise UserError(f"{file.where('names', key)}: class numbers must run 0, 1, 2, ...; found {key!r}.")
-    declared = file.data.get("nc")
-    if declared is not None and declared != len(value):
-        raise UserError(f"{file.where('nc')}: nc is {declared}, but {len(value)} names follow. Make them agree.")
-    return {key: str(name) for key, name in value.items()}
-
-
-def _split_paths(file: YamlFile, task: str, root: Path) -> tuple[Path, ...]:
-    value = file.data.get(task)
-    if value is None or value == "":
-        return ()
-    entries = value if isinstance(value, list) else [value]
-    paths = []
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, str):
-            raise UserError(f"{file.where(task, i)}: '{task}' takes folders, image lists or images, found {entry!r}.")
-        path = root / user_path(entry)
-        if not os.path.exists(path) and entry.startswith("../"):
-            path = root / entry[3:]
-        paths.append(path)
-    return tuple(paths)
 
 
 # ---------------------------------------------------------------------------------------------------- hyper-parameters

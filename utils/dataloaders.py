@@ -30,15 +30,14 @@ from torch.utils.data import DataLoader
 from utils import augmentations as aug
 from utils.augmentations import Example, Image, letterbox
 from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
-from utils.config import DatasetSpec, UserError, load_dataset, owned
-from utils.downloads import OFFLINE_HINT, fetch_archive
-from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus, read_image
+from utils.config import UserError, display_path, owned
+from utils.data import DatasetSpec
+from utils.distributed import rank_zero_first
+from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus
 from utils.labels import Sample, scan
-from utils.runtime import LOGGER, rank_zero_first, relative
-from utils.shapes import prepare_shapes
+from utils.runtime import LOGGER
 
 Floats = npt.NDArray[np.floating[Any]]
-__all__ = ["Batch", "ImageDataset", "ImageError", "Loader", "LoaderOptions", "build_loader", "prepare", "read_image"]
 
 FAILURES_SHOWN = 3
 EDGE = 1e-3  # pixels; training boxes end this far inside the right and bottom edge
@@ -467,42 +466,16 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
     """
     with rank_zero_first() if options.world_size > 1 else contextlib.nullcontext():
         found = scan(sources, spec, single_cls=options.single_cls, max_pixels=options.max_pixels, prefix=options.prefix)
-    places = ", ".join(relative(source) for source in sources)
+    places = ", ".join(display_path(source) for source in sources)
     if not found.samples:
         detail = f" {found.messages[0]}" if found.messages else ""
-        raise UserError(f"{relative(spec.path)}: no usable image in {places}.{detail}")
+        raise UserError(f"{display_path(spec.path)}: no usable image in {places}.{detail}")
     if options.augment and not any(len(sample.labels) for sample in found.samples):
         raise UserError(
-            f"{relative(spec.path)}: none of the {len(found.samples)} images in {places} has a label. They are looked "
-            "for in a folder `labels` beside `images`, in .txt files named after the images."
+            f"{display_path(spec.path)}: none of the {len(found.samples)} images in {places} has a label. They are "
+            "looked for in a folder `labels` beside `images`, in .txt files named after the images."
         )
     if options.rect and options.shuffle:
         LOGGER.warning(f"{options.prefix}--rect keeps the images in order of their shape: not shuffled.")
     dataset = ImageDataset(found.samples, options)
     return Loader(dataset, options), dataset
-
-
-def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val") -> DatasetSpec:
-    """The dataset of a YAML file, its images in place: drawn, or fetched, where the file says how.
-
-    Raises:
-        UserError: images of `task` (for training those of `val` too) that are not there and cannot be had.
-    """
-    spec = load_dataset(data)
-    if spec.draw:
-        return prepare_shapes(spec)
-    tasks = ("train", "val") if task == "train" else (task,)
-    if _missing(spec, tasks) and spec.download:
-        brought = fetch_archive(spec.download, spec.root.parent)
-        spec = spec if spec.root.exists() else spec.moved(brought)
-    for missing_task, path in _missing(spec, tasks):
-        raise UserError(
-            f"{spec.file.where(missing_task)}: the '{missing_task}' images are not at {path}. `path:` "
-            f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory, the "
-            f"repository and its folder datasets. Correct it. {OFFLINE_HINT}"
-        )
-    return spec
-
-
-def _missing(spec: DatasetSpec, tasks: Sequence[str]) -> list[tuple[str, Path]]:
-    return [(task, path) for task in tasks for path in spec.split(task) if not path.exists()]

@@ -35,9 +35,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from utils.config import UserError, closest, display_path, refuse_read_only, user_path
-from utils.files import remove_leftovers, replacing
-from utils.runtime import LOGGER, ROOT
+from utils.config import ROOT, UserError, closest, display_path, user_path
+from utils.files import refuse_read_only, remove_leftovers, replacing
+from utils.runtime import LOGGER
 
 RELEASE_TAG = "v7.0"
 RELEASE_URL = "https://github.com/ultralytics/yolov5/releases/download/{tag}/{name}"

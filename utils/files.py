@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import itertools
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from utils.config import UserError, display_path
 
@@ -101,6 +105,12 @@ def write_texts(texts: Mapping[Path, str]) -> None:
         raise UserError(f"{display_path(file)}: cannot be written ({error.strerror}).") from None
 
 
+def write_yaml(file: Path, values: Mapping[str, Any]) -> None:
+    """Options or hyper-parameters as YAML, in their order; paths as text."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    write_texts({file: yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)})
+
+
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -138,6 +148,16 @@ def _make_numbered(path: Path) -> Path:
             numbered.mkdir()
             return numbered
     raise FileExistsError(0, f"{MOST_NUMBERED:,} numbered ones exist already")
+
+
+def refuse_read_only(folder: Path) -> None:
+    """Raise PermissionError where a folder, or the nearest above it that exists, is marked read-only.
+
+    The system itself does not stop root from writing there.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.stat().st_mode & stat.S_IWUSR:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def user_cache_dir() -> Path:

@@ -26,9 +26,10 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 from tqdm import tqdm
 
-from utils.config import UserError
+from utils.config import UserError, display_path
+from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
-from utils.runtime import LOGGER, rank, relative
+from utils.runtime import LOGGER
 
 Image = npt.NDArray[np.uint8]
 Cache = Literal["ram", "disk"]
@@ -100,7 +101,7 @@ def image_shape(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
         elif opened.format != "PNG":
             height, width = read_image(path, max_pixels).shape[:2]
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{relative(path)}: {width} x {height} pixels; images need at least {MIN_SIDE} each way.")
+        raise ImageError(f"{display_path(path)}: {width} x {height} pixels; images need at least {MIN_SIDE} each way.")
     return height, width
 
 
@@ -113,20 +114,20 @@ def _one_line(path: str | Path) -> Iterator[None]:
         raise
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.strerror:  # the system's: Pillow's own have no number
-            raise ImageGone(f"{relative(path)}: cannot be read ({error.strerror}).") from None
+            raise ImageGone(f"{display_path(path)}: cannot be read ({error.strerror}).") from None
         reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(path), "the file")
-        raise ImageError(f"{relative(path)}: not a readable image ({reason}). Replace or remove it.") from None
+        raise ImageError(f"{display_path(path)}: not a readable image ({reason}). Replace or remove it.") from None
 
 
 def _check_bytes(path: str | Path, file: BinaryIO, max_pixels: int) -> None:
     """Refuse an empty file, and one too large to be read into memory whole."""
     size = os.fstat(file.fileno()).st_size
     if not size:
-        raise ImageError(f"{relative(path)}: the image file is empty (0 bytes). Replace or remove it.")
+        raise ImageError(f"{display_path(path)}: the image file is empty (0 bytes). Replace or remove it.")
     if size > max(BYTES_PER_PIXEL * max_pixels, SMALL_FILE):
         raise ImageError(
-            f"{relative(path)}: a file of {size / 1e6:,.0f} MB; read are at most {BYTES_PER_PIXEL} bytes per allowed "
-            f"pixel. Save it compressed, or raise --max-megapixels {max_pixels / 1e6:g}."
+            f"{display_path(path)}: a file of {size / 1e6:,.0f} MB; read are at most {BYTES_PER_PIXEL} bytes per "
+            f"allowed pixel. Save it compressed, or raise --max-megapixels {max_pixels / 1e6:g}."
         )
 
 
@@ -146,15 +147,15 @@ def _opened(path: str | Path, file: BinaryIO, max_pixels: int) -> PillowImage.Im
         pixels = math.prod(opened.size)
         if pixels > max_pixels:
             raise ImageError(
-                f"{relative(path)}: {opened.size[0]} x {opened.size[1]} pixels are {pixels / 1e6:,.1f} megapixels; at "
-                f"most --max-megapixels {max_pixels / 1e6:g} are read. Make the image smaller, or raise that."
+                f"{display_path(path)}: {opened.size[0]} x {opened.size[1]} pixels are {pixels / 1e6:,.1f} megapixels; "
+                f"at most --max-megapixels {max_pixels / 1e6:g} are read. Make the image smaller, or raise that."
             )
         if opened.format in ("JPEG", "MPO"):
             _check_end(file)
         elif opened.format == "PNG":
             _check_blocks(file)
         return opened
-    raise ImageError(f"{relative(path)}: not a readable image (of no kind that is read). Replace or remove it.")
+    raise ImageError(f"{display_path(path)}: not a readable image (of no kind that is read). Replace or remove it.")
 
 
 def _check_end(file: BinaryIO) -> None:
@@ -212,20 +213,20 @@ def _check_scans(path: str | Path, data: bytes, size_wh: tuple[int, int]) -> Non
         scans = data.count(b"\xff\xda")
         if scans > MAX_SCANS and scans * math.prod(size_wh) > MAX_SCANNED_PIXELS:
             raise ImageError(
-                f"{relative(path)}: the JPEG has {scans} scans, expected at most {MAX_SCANS}. Save it anew."
+                f"{display_path(path)}: the JPEG has {scans} scans, expected at most {MAX_SCANS}. Save it anew."
             )
 
 
 def _decoded_by_pillow(path: str | Path, opened: PillowImage.Image, max_pixels: int) -> Image:
     """For formats that this OpenCV was built without, such as GIF before 4.11; it takes twice OpenCV's memory."""
     if math.prod(opened.size) > max_pixels // 2:
-        raise ImageError(f"{relative(path)}: OpenCV cannot decode this {opened.format}. Save it as JPEG or PNG.")
+        raise ImageError(f"{display_path(path)}: OpenCV cannot decode this {opened.format}. Save it as JPEG or PNG.")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I;16"):
         grey = (np.asarray(upright, np.uint32) // 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if upright.mode in ("I", "F"):
-        raise ImageError(f"{relative(path)}: 32-bit pixels have no agreed white. Save the image with 8 or 16 bits.")
+        raise ImageError(f"{display_path(path)}: 32-bit pixels have no agreed white. Save the image with 8 or 16 bits.")
     return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
 
 
@@ -314,7 +315,7 @@ class ImageStore:
         height, width = self.shapes_hw[index].tolist()
         if image.shape[:2] != (height, width):
             raise ImageError(
-                f"{relative(self.path(index))}: decodes to {image.shape[1]}x{image.shape[0]} pixels, but "
+                f"{display_path(self.path(index))}: decodes to {image.shape[1]}x{image.shape[0]} pixels, but "
                 f"{width}x{height} were found when the labels were scanned. Leave images alone during a run; if nobody "
                 "changed this one, save it anew."
             )
@@ -370,7 +371,7 @@ class ImageStore:
         try:
             stat = os.stat(path)
         except OSError as error:
-            raise ImageGone(f"{relative(path)}: cannot be read ({error.strerror}).") from None
+            raise ImageGone(f"{display_path(path)}: cannot be read ({error.strerror}).") from None
         place = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
         how = "area" if self.smooth else "linear"
         return self._folder / f"{place}-{self.imgsz}-{how}" / f"{stat.st_size:x}-{stat.st_mtime_ns:x}.npy"

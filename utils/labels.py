@@ -24,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from utils.config import DatasetSpec, UserError
+from utils.config import UserError, display_path
+from utils.data import DatasetSpec
+from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
 from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape
-from utils.runtime import LOGGER, rank, relative
+from utils.runtime import LOGGER
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
 TOLERANCE = 1e-3  # coordinates this far outside 0..1 are rounding of the labelling tool, and are clipped
@@ -92,13 +94,13 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
         if os.path.isdir(source):  # unlike Path.is_dir, false for a name no file can have
             files += _images_below(source)
         elif not os.path.isfile(source):
-            raise UserError(f"{relative(source)}: no such folder, image list or image.")
+            raise UserError(f"{display_path(source)}: no such folder, image list or image.")
         elif source.suffix.lower() in IMAGE_SUFFIXES:
             files.append(os.path.abspath(source))
         elif source.suffix.lower() == ".txt":
             files += _images_listed(source)
         else:
-            raise UserError(f"{relative(source)}: expected a folder, a .txt list of images or an image.")
+            raise UserError(f"{display_path(source)}: expected a folder, a .txt list of images or an image.")
     return [Path(file) for file in sorted(files)]
 
 
@@ -123,7 +125,7 @@ def _images_listed(source: Path) -> list[str]:
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{relative(source)}: cannot be read as a list of images ({error}).") from None
+        raise UserError(f"{display_path(source)}: cannot be read as a list of images ({error}).") from None
     files, others = [], []
     for number, line in enumerate(lines, 1):
         if line and not _is_image(os.path.basename(line)):
@@ -133,7 +135,7 @@ def _images_listed(source: Path) -> list[str]:
             files.append(os.path.abspath(os.path.join(base, line)))
     if others:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        LOGGER.warning(f"{relative(source)}:{others[0]}: {len(others)} lines name no image ({kinds}); left out.")
+        LOGGER.warning(f"{display_path(source)}:{others[0]}: {len(others)} lines name no image ({kinds}); left out.")
     return files
 
 
@@ -166,7 +168,7 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
     except FileNotFoundError:
         return ParsedLabels()
     except (OSError, ValueError) as error:
-        return ParsedLabels(errors=(f"{relative(path)}: cannot be read as labels ({error}).",))
+        return ParsedLabels(errors=(f"{display_path(path)}: cannot be read as labels ({error}).",))
     numbers: list[int] = []
     boxes, polygons, errors, is_outlined = [], [], [], False
     for number, tokens in enumerate(map(str.split, _lines(text)), 1):
@@ -176,9 +178,9 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
         if len(numbers) == MAX_LABELS:
             problem = f"more than {MAX_LABELS:,} labels for one image."
         if problem:
-            errors.append(f"{relative(path)}:{number}: {problem}")
+            errors.append(f"{display_path(path)}:{number}: {problem}")
             if len(errors) == ERRORS_KEPT or len(numbers) == MAX_LABELS:
-                errors.append(f"{relative(path)}: the lines after {number} were not looked at.")
+                errors.append(f"{display_path(path)}: the lines after {number} were not looked at.")
                 break
             continue
         is_outlined |= len(values) > 5
@@ -248,13 +250,14 @@ def _worth_keeping(labels: Floats, numbers: list[int], path: str | Path) -> tupl
     for index, row in enumerate(labels):
         first = keep.get(row.tobytes())
         if row[3] <= 0 or row[4] <= 0:
-            notes.append(f"{relative(path)}:{numbers[index]}: the box has no area; label left out.")
+            notes.append(f"{display_path(path)}:{numbers[index]}: the box has no area; label left out.")
         elif first is not None:
-            notes.append(f"{relative(path)}:{numbers[index]}: repeats line {numbers[first]}; label left out.")
+            notes.append(f"{display_path(path)}:{numbers[index]}: repeats line {numbers[first]}; label left out.")
         else:
             keep[row.tobytes()] = index
     if len(notes) > ERRORS_KEPT:
-        notes[ERRORS_KEPT:] = [f"{relative(path)}: {len(notes) - ERRORS_KEPT} more labels left out for these reasons."]
+        rest = len(notes) - ERRORS_KEPT
+        notes[ERRORS_KEPT:] = [f"{display_path(path)}: {rest} more labels left out for these reasons."]
     return list(keep.values()), tuple(notes)
 
 
@@ -279,8 +282,8 @@ def scan(
         UserError: a source that does not exist.
     """
     files = [str(file) for file in image_files(sources)]
-    num_classes, names_file = None if single_cls else spec.num_classes, relative(spec.path)
-    title = f"{prefix}Scanning {', '.join(map(relative, sources))}"
+    num_classes, names_file = None if single_cls else spec.num_classes, display_path(spec.path)
+    title = f"{prefix}Scanning {', '.join(map(display_path, sources))}"
     places, key = _cache_places(sources), _cache_key(files, num_classes, names_file, max_pixels)
     table = _Table.read(places, key, len(files), num_classes or MAX_CLASS)
     if table is None:

@@ -152,15 +152,13 @@ class ComputeLoss:
     what remains. A prediction that is not a number gives a loss that is not one.
 
     Where several labels want one cell, its objectness target is the IoU of the last one in `assign_targets`' order, on
-    every device; with `sort_obj_iou` the best one's. `autobalance` lets the levels' objectness weights follow their
-    losses.
+    every device. `autobalance` lets the levels' objectness weights follow their losses.
     """
 
-    def __init__(self, model: nn.Module, autobalance: bool = False, *, sort_obj_iou: bool = False) -> None:
+    def __init__(self, model: nn.Module, autobalance: bool = False) -> None:
         model = getattr(model, "module", model)  # DistributedDataParallel
         head: Any = next(layer for layer in reversed(list(model.model)) if hasattr(layer, "anchors"))  # type: ignore[arg-type]
         self.hyp = owned(LossHyp, model.hyp)  # type: ignore[arg-type]
-        self.sort_obj_iou = sort_obj_iou
         self.autobalance = autobalance
         self.num_classes: int = head.nc
         device = head.anchors.device
@@ -192,7 +190,7 @@ class ComputeLoss:
         object_ious = ciou.detach().clamp(min=0).split([len(cell) for cell in cells])
         object_losses = torch.stack(
             [
-                self._object_loss(objectness.float(), *self._object_order(cell, part.valid, iou))
+                self._object_loss(objectness.float(), cell, part.valid, iou)
                 for (_, objectness), cell, part, iou in zip(picked, cells, assigned, object_ious, strict=True)
             ]
         )
@@ -216,13 +214,6 @@ class ComputeLoss:
         smoothing = self.hyp.label_smoothing
         wanted = torch.full_like(logits, smoothing / 2).scatter_(1, class_index[:, None], 1 - smoothing / 2)
         return (self._bce(logits, wanted, self._positive_weights[1]).mean(1) * weight).sum()
-
-    def _object_order(self, cell: Tensor, valid: Tensor, iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows in the order in which they write their cell's target."""
-        if not self.sort_obj_iou:
-            return cell, valid, iou
-        order = iou.argsort(stable=True)
-        return cell[order], valid[order], iou[order]
 
     def _object_loss(self, logits: Tensor, cell: Tensor, valid: Tensor, iou: Tensor) -> Tensor:
         """Mean over all cells; `logits` (cells,), and per row the cell it stands in, whether it counts, its IoU."""

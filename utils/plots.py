@@ -24,9 +24,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from utils.config import UserError
+from utils.config import UserError, display_path
 from utils.drawing import PALETTE, Annotator, color, feature_maps, plot_batch, save_crop, system_font
-from utils.runtime import LOGGER, relative
+from utils.runtime import LOGGER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -317,16 +317,17 @@ def _read_results(csv_file: Path) -> tuple[list[str], np.ndarray]:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{relative(csv_file)}: cannot be read ({reason}).") from None
+        raise UserError(f"{display_path(csv_file)}: cannot be read ({reason}).") from None
     if len(rows) < 2:
-        raise UserError(f"{relative(csv_file)}: holds no epoch yet.")
+        raise UserError(f"{display_path(csv_file)}: holds no epoch yet.")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):
-            raise UserError(f"{relative(csv_file)}:{number}: {len(row)} values, but the header names {len(rows[0])}.")
+            where = f"{display_path(csv_file)}:{number}"
+            raise UserError(f"{where}: {len(row)} values, but the header names {len(rows[0])}.")
     try:
         values = np.array(rows[1:], dtype=float)
     except ValueError as error:
-        raise UserError(f"{relative(csv_file)}: {error}.") from None
+        raise UserError(f"{display_path(csv_file)}: {error}.") from None
     return rows[0], np.where(np.abs(values) < LARGEST_DRAWN, values, np.nan)
 
 

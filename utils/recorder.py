@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from utils.config import UserError, display_path
 from utils.files import write_texts
@@ -127,12 +125,6 @@ def _summary_writer(save_dir: Path, start_epoch: int) -> Any:
     except ImportError:  # optional: pip install tensorboard
         return None
     return SummaryWriter(str(save_dir), purge_step=start_epoch or None)
-
-
-def write_yaml(file: Path, values: Mapping[str, Any]) -> None:
-    """Options or hyper-parameters as YAML, in their order; paths as text."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    write_texts({file: yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)})
 
 
 def newest_checkpoint(folders: Sequence[Path]) -> Path:

@@ -1,4 +1,4 @@
-"""What a run stands on: logging, interruptions, device, seeds, distributed rank, timing.
+"""What a run stands on: logging, interruptions, device, seeds, timing.
 
 torch is imported inside the functions that need it, so that `--help` stays fast.
 """
@@ -14,35 +14,19 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config import ROOT, UserError, display_path
+from utils.config import UserError
+from utils.distributed import local_rank, rank
 
 if TYPE_CHECKING:
     from types import FrameType
 
     import torch
 
-__all__ = [
-    "LOGGER",
-    "ROOT",
-    "Stopwatch",
-    "fp16_works",
-    "init_seeds",
-    "local_rank",
-    "rank",
-    "rank_zero_first",
-    "relative",
-    "run_script",
-    "select_device",
-    "setup_logging",
-    "world_size",
-]
-
 LOGGER = logging.getLogger("yolov5")
 GRACE_SECONDS = 10.0  # between the first Ctrl-C and one that no longer waits for an orderly ending
-relative = display_path
 
 
 def setup_logging() -> None:
@@ -134,37 +118,6 @@ def _interrupt_once() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = unraisable
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-def rank() -> int:
-    """This process's rank under a distributed launcher, -1 without one."""
-    return int(os.environ.get("RANK", "-1"))
-
-
-def local_rank() -> int:
-    """This process's rank on its own machine, -1 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "-1"))
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextlib.contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Let rank 0 run the block (fetch, draw, cache) before the others; nothing happens in a single process."""
-    import torch.distributed as dist
-
-    together = dist.is_available() and dist.is_initialized()
-    if together and rank() > 0:
-        dist.barrier()
-    yield
-    if together and rank() == 0:
-        dist.barrier()
 
 
 # --------------------------------------------------------------------------------------------------------------- device

@@ -7,7 +7,6 @@ integer arithmetic. `tests/test_shapes.py` freezes them by a hash, so that resul
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
@@ -20,8 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from utils.config import DatasetSpec, UserError, refuse_read_only
-from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.files import refuse_read_only, remove_leftovers, replacing
 from utils.runtime import LOGGER
 
 CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
@@ -372,44 +370,12 @@ def draw(split: str, index: int) -> Picture:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def prepare_shapes(spec: DatasetSpec) -> DatasetSpec:
-    """Draw the dataset where it is missing, and return the specification with paths that exist.
-
-    It is drawn below the specification's root, or in the user's cache folder where that cannot be written. Every file
-    appears whole under its final name and has only one possible content, so that several processes may draw at once.
-
-    Raises:
-        UserError: the YAML's names or folders are not what is drawn, or the disk is full.
-    """
-    if spec.names != dict(enumerate(CLASSES)):
-        raise UserError(f"{spec.file.where('names')}: `draw: shapes` has the classes {', '.join(CLASSES)}. Name these.")
-    drawn = {spec.root / "images" / split for split in SPLITS}
-    for task in ("train", "val", "test"):
-        if any(path not in drawn and not path.exists() for path in getattr(spec, task)):
-            raise UserError(f"{spec.file.where(task)}: `draw: shapes` draws images/train and images/val only.")
-    roots = (spec.root, user_cache_dir() / "datasets" / "shapes")
-    for root in roots:
-        if not _missing(root):
-            return spec.moved(root)
-    for root in roots:
-        try:
-            _draw_files(root)
-            break
-        except OSError as error:
-            if root == roots[-1] or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise UserError(
-                    f"{root}: the shapes dataset (about 80 MB) cannot be written here ({error.strerror}). "
-                    "Free some space, or set YOLOV5_DATASETS_DIR to a folder that can be written."
-                ) from None
-    return spec.moved(root)
-
-
 def _files(root: Path, split: str, index: int) -> tuple[Path, Path]:
     """The image and label file of a picture."""
     return root / "images" / split / f"{index:04d}.png", root / "labels" / split / f"{index:04d}.txt"
 
 
-def _missing(root: Path) -> list[tuple[str, int]]:
+def missing_files(root: Path) -> list[tuple[str, int]]:
     """Split and index of every picture that has to be drawn; all where another version drew the folder."""
     everything = [(split, index) for split, count in SPLITS.items() for index in range(count)]
     try:
@@ -421,10 +387,10 @@ def _missing(root: Path) -> list[tuple[str, int]]:
     return [job for job in everything if not present.issuperset(_files(root, *job))]
 
 
-def _draw_files(root: Path) -> None:
+def draw_files(root: Path) -> None:
     """Draw what is missing below `root`; OSError where it cannot be written, or is marked read-only."""
     refuse_read_only(root)
-    missing = _missing(root)
+    missing = missing_files(root)
     remove_leftovers(root, *(root / kind / split for kind in ("images", "labels") for split in SPLITS))
     LOGGER.info(f"Drawing the shapes dataset: {len(missing)} images of {sum(SPLITS.values())} into {root} ...")
 

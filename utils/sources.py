@@ -23,12 +23,12 @@ import cv2
 import numpy as np
 
 from utils.capture import StreamReader, frame_count, frames_per_second, next_frame, split_address
-from utils.config import UserError
+from utils.config import UserError, display_path
 from utils.downloads import download
 from utils.files import remove_leftovers, replacing
 from utils.images import MAX_PIXELS, ImageError, read_image
 from utils.labels import IMAGE_SUFFIXES
-from utils.runtime import LOGGER, relative
+from utils.runtime import LOGGER
 
 VIDEO_SUFFIXES = (".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".wmv")
 STREAM_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://")
@@ -203,9 +203,9 @@ def _listed(file: Path) -> list[Path]:
     paths = []
     for number, line in _lines(file):
         if line.isdecimal() or line.lower().startswith(STREAM_SCHEMES):
-            raise UserError(f"{relative(file)}:{number}: {line} is a stream. Rename the list to end in .streams.")
+            raise UserError(f"{display_path(file)}:{number}: {line} is a stream. Rename the list to end in .streams.")
         if _suffix(line) == ".txt":
-            raise UserError(f"{relative(file)}:{number}: {line} is a list too. Write its lines here.")
+            raise UserError(f"{display_path(file)}:{number}: {line} is a list too. Write its lines here.")
         beside = file.parent / line
         here = os.path.expanduser(line)
         at_list = line.startswith("./") or (not os.path.exists(here) and os.path.exists(beside))
@@ -213,7 +213,7 @@ def _listed(file: Path) -> list[Path]:
         try:
             paths += _expand(str(chosen))
         except UserError as error:
-            raise UserError(f"{relative(file)}:{number}: {error}") from None
+            raise UserError(f"{display_path(file)}:{number}: {error}") from None
     return paths
 
 

@@ -3,82 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from utils.augmentations import TRANSFORMS
 from utils.autoanchor import AnchorHyp, check_anchors, write_anchors
-from utils.config import DatasetSpec, UserError, owned
+from utils.config import UserError, owned
+from utils.data import DatasetSpec
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader
+from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
 from utils.loss import ComputeLoss, LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
-from utils.runtime import LOGGER, rank, world_size
+from utils.runtime import LOGGER
 
 HYP_OWNERS: tuple[type, ...] = (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS)  # every hyper-parameter is a field of one
 MAX_PATH = 4096  # bytes, Linux's own limit
-
-
-def is_main() -> bool:
-    """Whether this process validates and writes: the only one, or rank 0."""
-    return rank() in (-1, 0)
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device, batch_size: int) -> Iterator[None]:
-    """The processes a launcher started, able to talk to each other inside the block; nothing for a single one.
-
-    Raises:
-        UserError: a batch that cannot be shared out equally, or that a single GPU would have to measure.
-    """
-    if world_size() == 1:
-        yield
-        return
-    if batch_size == -1:
-        raise UserError(
-            f"--batch-size -1 measures one GPU, and here {world_size()} processes train. Give a number, a multiple of "
-            f"{world_size()}."
-        )
-    if batch_size % world_size():
-        raise UserError(f"--batch-size {batch_size}: expected a multiple of the {world_size()} processes.")
-    # Hours: the other processes wait while rank 0 fetches data or validates.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def agreed(stop: bool, device: torch.device) -> bool:
-    """The main process's decision, on every process."""
-    if world_size() == 1:
-        return stop
-    flag = torch.tensor([int(stop)], device=device)
-    dist.broadcast(flag, 0)
-    return bool(flag.item())
-
-
-def agreed_path(path: Path | None, device: torch.device) -> Path:
-    """The main process's path, on every process; the others give None."""
-    if world_size() == 1:
-        assert path is not None
-        return path
-    name = os.fsencode(path) if path is not None else b""
-    buffer = torch.zeros(MAX_PATH, dtype=torch.uint8)
-    buffer[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8) if name else 0
-    buffer = buffer.to(device)
-    dist.broadcast(buffer, 0)
-    return Path(os.fsdecode(bytes(buffer.tolist()).rstrip(b"\0")))
 
 
 def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from models.checkpoint import read
+from models.checkpoints.files import read
 from tests.faults.training import arguments, differences, outcome, prepare, start
 from utils.files import PARTIAL
 

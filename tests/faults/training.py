@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import yaml
 
-import models.transfer
+import models.gates.transfer
 import train
 import utils.training
-from models.checkpoint import read
+from models.checkpoints.files import read
 from tests.conftest import TinyDataset, write_tiny_dataset
 from utils.runtime import run_script
 
-IMPORTED_ONCE = (models.transfer, utils.training)  # here, and not by every training
+IMPORTED_ONCE = (models.gates.transfer, utils.training)  # here, and not by every training
 EPOCHS = 3
 # no warm-up and a step per batch, so that every batch of the eight images moves the weights
 HYP = {"lr0": 0.005, "warmup_epochs": 0.0, "nominal_batch": 2, "mosaic": 0.5}

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data import load
+from experiments.trials import check_recipe, planned_of, threads_of
 from tests.fuzz.damage import WORDS, damage_bytes, damage_text
 from tests.fuzz.harness import Target
 from tests.test_report import PERFECT, ablation_in
-from utils.recorder import write_yaml
-from utils.report_data import load
-from utils.trials import check_recipe, planned_of, threads_of
+from utils.files import write_yaml
 
 GATES = {"gates": [["row", "gate"], ["10", "SE"]], "gates_picture": "gates-se.png", "gflops": 4.2, "tensors": "1/1"}
 REPLACEMENTS: tuple[Any, ...] = (
@@ -119,7 +119,7 @@ def read(rng: np.random.Generator, folder: Path) -> object:
 
 def report(rng: np.random.Generator, folder: Path) -> object:
     """Read a damaged folder, and write its report."""
-    from utils.report import write
+    from experiments.report import write
 
     ablation = read(rng, folder)
     return write(ablation, folder, command="x", environment={}, resamples=2)  # type: ignore[arg-type]

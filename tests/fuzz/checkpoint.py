@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.checkpoint import FORMAT, load_model, network_yaml, read, save
+from models.checkpoints.files import FORMAT, load_model, network_yaml, read, save
 from models.yolo import DetectionModel
 from tests.fuzz.damage import WORDS, damage_bytes
 from tests.fuzz.harness import Target

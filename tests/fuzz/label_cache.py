@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.fuzz.damage import NUMBERS, damage_bytes
 from tests.fuzz.harness import Target
-from utils.config import load_dataset
+from utils.data import load_dataset
 from utils.labels import CACHE_SUFFIX, scan
 
 LABELS = ("0 0.5 0.5 0.2 0.2\n1 0.4 0.4 0.1 0.1\n", "1 0.1 0.1 0.9 0.1 0.5 0.9\n0 0.5 0.5 0.2 0.2\n", "", "7 0 0 0 0\n")

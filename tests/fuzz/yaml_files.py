@@ -16,7 +16,8 @@ from tests.fuzz.damage import WORDS, damage_text
 from tests.fuzz.harness import Target
 from utils.augmentations import TRANSFORMS
 from utils.autoanchor import AnchorHyp
-from utils.config import ROOT, check_hyp, load_dataset, read_hyp, read_yaml
+from utils.config import ROOT, check_hyp, read_hyp, read_yaml
+from utils.data import load_dataset
 from utils.loss import LossHyp
 from utils.optim import OptimHyp
 

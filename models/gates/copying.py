@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
+from models.checkpoints.files import Checkpoint
 from models.graph import HEADS, Graph, Row
 
 YAML_ANCHORS, KEPT_ANCHORS = "anchors of the YAML", "anchors of the checkpoint"

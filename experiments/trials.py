@@ -17,12 +17,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from utils.config import UserError, check_hyp, closest, display_path, read_hyp, read_yaml
-from utils.dataloaders import prepare
-from utils.files import remove_leftovers, write_texts
+from utils.config import ROOT, UserError, check_hyp, closest, display_path, read_hyp, read_yaml
+from utils.data import prepare
+from utils.files import remove_leftovers, write_texts, write_yaml
 from utils.labels import image_files
-from utils.recorder import write_yaml
-from utils.runtime import LOGGER, ROOT
+from utils.runtime import LOGGER
 from utils.training import HYP_OWNERS
 
 PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell

@@ -19,11 +19,11 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 
+from experiments.statistics import Judged
 from utils.boxes import box_iou
 from utils.config import UserError, display_path, read_yaml
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision, match
 from utils.recorder import MAX_BYTES
-from utils.statistics import Judged
 
 PRIMARY, SECOND = "mAP50-95", "mAP50"
 METRICS = ("precision", "recall", SECOND, PRIMARY)
@@ -116,7 +116,7 @@ class Boxes:
         return scores
 
     def judged(self, number_of: Mapping[str, int]) -> Judged:
-        """The same for `utils.statistics`, images numbered as they are in the whole ablation."""
+        """The same for `experiments.statistics`, images numbered as they are in the whole ablation."""
         numbers = np.array([number_of[path] for path in self.paths], int)
         return Judged(
             image=numbers[self.image],
@@ -190,7 +190,7 @@ class Ablation:
         return np.concatenate(rows)
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """`utils.statistics`' form of a metric."""
+        """`experiments.statistics`' form of a metric."""
         return {arm: {seed: cell.scores[metric] for seed, cell in cells.items()} for arm, cells in self.cells.items()}
 
     def pairs(self, arm: str) -> list[tuple[Cell, Cell]]:
@@ -269,7 +269,7 @@ def read_json(file: Path, advice: str = AGAIN) -> dict[str, Any]:
 
 
 def read_arms(file: Path) -> dict[str, dict[str, Any]]:
-    """What `arms.json` says of each arm, see `utils.report`'s COSTS; nothing where there is no such file.
+    """What `arms.json` says of each arm, see `experiments.report`'s COSTS; nothing where there is no such file.
 
     Raises:
         UserError: what cannot be read, or not what `ablate.py` writes.

@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from utils.config import UserError, load_dataset
-from utils.files import write_texts
-from utils.labels import image_files
-from utils.report_data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
-from utils.report_html import (
+from experiments.data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
+from experiments.page import (
     Block,
     Charts,
     Code,
@@ -37,7 +34,11 @@ from utils.report_html import (
     markdown,
     page,
 )
-from utils.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
+from experiments.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
+from utils.config import UserError
+from utils.data import load_dataset
+from utils.files import write_texts
+from utils.labels import image_files
 
 __all__ = ["load", "write"]
 
@@ -370,7 +371,7 @@ def _classes(ablation: Ablation) -> list[Block]:
 
 
 def _gates(ablation: Ablation) -> list[Block]:
-    """Tables of `models.inspect_gates`: rows of cells, the header first; and its pictures."""
+    """Tables of `models.gates.inspect`: rows of cells, the header first; and its pictures."""
     blocks: list[Block] = []
     for arm, costs in ablation.costs.items():
         if costs.get("gates"):

@@ -89,7 +89,7 @@ class StoredTensor:
 
 
 class PickleProblem(ValueError):
-    """The pickle says something that no honest file says; `models.archive` adds the path."""
+    """The pickle says something that no honest file says; `models.checkpoints.archive` adds the path."""
 
 
 def _shown(value: Any) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.absorb import absorbing, gates_in, start_gate_
-from models.checkpoint import read, save
-from models.transfer import Report, output_difference, run, start_network, transfer
+from models.checkpoints.files import read, save
+from models.gates.start import absorbing, gates_in, start_gate_
+from models.gates.transfer import Report, output_difference, run, start_network, transfer
 from models.yolo import DetectionModel, build_model
 from utils.config import ROOT, UserError
 

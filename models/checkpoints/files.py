@@ -19,9 +19,9 @@ from typing import Any, TypeGuard
 import torch
 
 from models import graph as graphs
-from models.archive import MAX_DEPTH, MAX_VALUES, Archive
+from models.checkpoints.archive import MAX_DEPTH, MAX_VALUES, Archive
+from models.checkpoints.unpickle import Record, StoredTensor
 from models.graph import HEADS, Graph, layer_classes
-from models.unpickle import Record, StoredTensor
 from models.yolo import DetectionModel, build_model, parse_model
 from utils.config import UserError, closest, display_path
 from utils.files import replacing
@@ -31,7 +31,6 @@ VERSION = 1
 MAX_MODULES = 100_000  # a network of records may refer to itself; yolov5x6 has 575 modules
 MAX_NAME = 500  # characters of a tensor's name
 MAX_LEVELS = 16
-TRAINING_KEYS = ("model", "ema", "updates", "optimizer", "schedule", "rng", "opt", "hyp", "epoch", "best_fitness")
 TRAINING_ONLY = ("ema", "updates", "optimizer", "schedule", "rng")
 PLAIN = (str, int, float, type(None))
 NUMPY_CODES = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "b1": "?"}

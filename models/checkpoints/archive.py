@@ -1,4 +1,4 @@
-"""A `.pt` file as data: its zip is opened here and its pickle read by `models.unpickle`; nothing in it is ever run.
+"""A `.pt` file as data: its zip is opened here, its pickle read by `models.checkpoints.unpickle`; nothing in it is run.
 
 `torch.load` is not used for files we did not write: it hands TorchScript zips and pre-1.6 files to other loaders, and
 it needs the classes a file names.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from models.unpickle import Global, PickleMachine, PickleProblem, Record, StoredTensor
+from models.checkpoints.unpickle import Global, PickleMachine, PickleProblem, Record, StoredTensor
 from utils.config import UserError, display_path
 
 MAX_PICKLE_BYTES = 16 << 20  # yolov5x writes 0.2 MB; a pickle that describes more is not a detection network
