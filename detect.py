@@ -165,12 +165,12 @@ def _prepare(source: Source, size_hw: tuple[int, int], stride: int) -> Generator
     """Rounds of frames with the network's input uint8 RGB (B, h, w, 3): rectangular where all frames have one shape."""
     import numpy as np
 
-    from utils.augmentations import letterbox
+    from utils.augmentations import letterboxed
 
     with closing(source.rounds()) as rounds:
         for frames in rounds:
             auto = len({frame.image.shape for frame in frames}) == 1
-            fitted = [letterbox(frame.image, size_hw, auto=auto, stride=stride) for frame in frames]
+            fitted = [letterboxed(frame.image, size_hw, auto=auto, stride=stride) for frame in frames]
             images = np.stack([image[..., ::-1] for image, _ in fitted])  # channels last, as the network likes it
             yield frames, images, [box for _, box in fitted]
 

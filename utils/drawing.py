@@ -175,7 +175,13 @@ class Annotator:
         self.font_scale = min(self.line_width / 3, max((height + width) / 2 / 900, 0.4))
         self.font_thickness = max(min(self.line_width - 1, round(self.font_scale * 2)), 1)
 
-    def box(self, xyxy: Sequence[float] | np.ndarray, text: str = "", color: BGR = (128, 128, 128)) -> None:
+    def box(
+        self,
+        xyxy: Sequence[float] | np.ndarray,
+        text: str = "",
+        color: BGR = (128, 128, 128),
+        ink: BGR | None = None,
+    ) -> None:
         """Draw a box (pixels) and its label: above the box where there is room, else inside, never off the side."""
         left, top, right, bottom = (int(value) for value in xyxy[:4])
         cv2.rectangle(self.image, (left, top), (right, bottom), color, self.line_width, cv2.LINE_AA)
@@ -187,17 +193,18 @@ class Annotator:
         border = (self.line_width + 1) // 2  # the box's line lies half outside its corner
         x = min(left - border, self.image.shape[1] - width - 2 * pad)
         y = top - height if top - height >= 0 else max(top, 0)
-        self.text((max(x, 0), y), text, background=color)
+        self.text((max(x, 0), y), text, background=color, ink=ink)
 
-    def text(self, left_top: tuple[int, int], text: str, *, background: BGR) -> None:
-        """Write one line on a filled rectangle whose upper left corner is given, black or white as reads better."""
+    def text(self, left_top: tuple[int, int], text: str, *, background: BGR, ink: BGR | None = None) -> None:
+        """Write one line on a filled rectangle whose upper left corner is given; `ink` None: black or white as reads
+        better."""
         width, ascent, descent = self._text_size(text)
         pad = max(self.line_width // 2, 2)
         x, y = left_top
         cv2.rectangle(self.image, (x, y), (x + width + 2 * pad, y + ascent + descent + pad), background, -1)
         luma = 0.114 * background[0] + 0.587 * background[1] + 0.299 * background[2]  # ITU-R BT.601
-        ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
-        self._write(text, (x + pad, y + pad // 2 + ascent), ink)
+        readable = (0, 0, 0) if luma > 140 else (255, 255, 255)
+        self._write(text, (x + pad, y + pad // 2 + ascent), ink or readable)
 
     def _text_size(self, text: str) -> tuple[int, int, int]:
         """Width, ascent and descent in pixels."""
@@ -260,17 +267,31 @@ def save_crop(
 
     The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image.
     """
+    crop = crop_box(xyxy, image, gain=gain, pad=pad)
+    write_crop(crop, Path(file))
+    return crop
+
+
+def crop_box(
+    xyxy: Sequence[float] | np.ndarray, image: np.ndarray, *, gain: float = 1.02, pad: float = 10, square: bool = False
+) -> np.ndarray:
+    """The part of an image around a box that `save_crop` writes; with `square` the longer side counts for both."""
     x1, y1, x2, y2 = (float(value) for value in xyxy[:4])
     height, width = image.shape[:2]
-    half_w, half_h = ((x2 - x1) * gain + pad) / 2, ((y2 - y1) * gain + pad) / 2
+    box_w, box_h = x2 - x1, y2 - y1
+    if square:
+        box_w = box_h = max(box_w, box_h)
+    half_w, half_h = (box_w * gain + pad) / 2, (box_h * gain + pad) / 2
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(int(cx - half_w), 0), max(int(cy - half_h), 0)
-    crop = image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]
-    file = Path(file)
+    return image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]
+
+
+def write_crop(crop: np.ndarray, file: Path) -> None:
+    """Write a BGR image as JPEG (quality 95, colour not subsampled); its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
     write_image(file, crop, (cv2.IMWRITE_JPEG_QUALITY, 95, *sampling))
-    return crop
 
 
 # -------------------------------------------------------------------------------------------------------------- mosaics
