@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,7 +13,26 @@ from models.graph import listed
 from models.measure import Size, gflops, profile_layer
 from utils.runtime import LOGGER
 
-Visualize = Callable[[int, str, Tensor], None]
+Visualize = Callable[[int, str, Tensor], None] | Literal[False]
+
+
+class Output(NamedTuple):
+    """What a detection network gives in evaluation mode.
+
+    `predictions` are `(B, N, 5 + classes)`: centre and size in pixels of the input, objectness, class scores. `raw` are
+    the head's tensors per level, `(B, anchors, h, w, 5 + classes)`; None where several passes were put together.
+    """
+
+    predictions: Tensor
+    raw: list[Tensor] | None = None
+
+
+class SegmentOutput(NamedTuple):
+    """What a segmentation network gives in evaluation mode; mask coefficients stand at the end of each row."""
+
+    predictions: Tensor
+    prototypes: Tensor  # (B, masks, h, w)
+    raw: list[Tensor] | None = None
 
 
 class BaseModel(nn.Module):
@@ -30,6 +49,7 @@ class BaseModel(nn.Module):
         """The last layer's output for images (B, ch, H, W) in 0..1.
 
         `profile` logs a line of time and GFLOPs per layer; `visualize(index, type, map)` sees every layer's output.
+        Code written for v6 passes False for nobody.
         """
         layers: list[Any] = list(self.model)
         sources = [[f % layer.i if layer.i else f for f in listed(layer.f)] for layer in layers]
@@ -48,7 +68,7 @@ class BaseModel(nn.Module):
             x = layer(x)
             if i in self.save:
                 kept[i] = x
-            if visualize is not None and isinstance(x, Tensor):
+            if visualize and isinstance(x, Tensor):
                 visualize(i, layer.type, x)
         if profile:
             LOGGER.info(f"{sum(spent):>10.2f} {'-':>10} {'-':>10}  total")
