@@ -328,7 +328,7 @@ def create_dataloader(
         )
     size = min(batch_size, len(dataset))
     options = LoaderOptions(imgsz, size, workers=workers, world_size=world_size())
-    sampler = None if rank == -1 else DistributedSampler(dataset, shuffle=shuffle, seed=seed)
+    sampler: Any = None if rank == -1 else DistributedSampler(dataset, shuffle=shuffle, seed=seed)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=size,
