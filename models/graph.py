@@ -99,8 +99,8 @@ def layer_classes() -> dict[str, type[nn.Module]]:
         for name, c in vars(file).items()
         if _is_layer(c) and c.__module__ == file.__name__ and c not in (common.ScaledLayer, common.Gate)
     }
-    torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c)}
-    return {**ours, **{name: c for name, c in torchs.items() if c.__module__.split(".")[-1] not in NOT_OF_MAPS and not c.__name__.startswith(LAZY)}}
+    torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c) and not name.startswith(LAZY)}
+    return {**ours, **{name: c for name, c in torchs.items() if c.__module__.split(".")[-1] not in NOT_OF_MAPS}}
 
 
 def _is_layer(item: object) -> bool:
