@@ -261,21 +261,21 @@ def write_image(file: str | Path, image: np.ndarray, parameters: Sequence[int] =
 
 
 def save_crop(
-    xyxy: Sequence[float] | np.ndarray, image: np.ndarray, file: str | Path, *, gain: float = 1.02, pad: float = 10
+    xyxy: Sequence[float] | np.ndarray,
+    image: np.ndarray,
+    file: str | Path | None,
+    *,
+    gain: float = 1.02,
+    pad: float = 10,
+    square: bool = False,
 ) -> np.ndarray:
     """Write the part of a BGR image around a box as JPEG (quality 95, colour not subsampled) and return it.
 
-    The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image.
+    Nothing is written where `file` is None.
+
+    The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image. With
+    `square` its longer side counts for both.
     """
-    crop = crop_box(xyxy, image, gain=gain, pad=pad)
-    write_crop(crop, Path(file))
-    return crop
-
-
-def crop_box(
-    xyxy: Sequence[float] | np.ndarray, image: np.ndarray, *, gain: float = 1.02, pad: float = 10, square: bool = False
-) -> np.ndarray:
-    """The part of an image around a box that `save_crop` writes; with `square` the longer side counts for both."""
     x1, y1, x2, y2 = (float(value) for value in xyxy[:4])
     height, width = image.shape[:2]
     box_w, box_h = x2 - x1, y2 - y1
@@ -284,14 +284,14 @@ def crop_box(
     half_w, half_h = (box_w * gain + pad) / 2, (box_h * gain + pad) / 2
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(int(cx - half_w), 0), max(int(cy - half_h), 0)
-    return image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]
-
-
-def write_crop(crop: np.ndarray, file: Path) -> None:
-    """Write a BGR image as JPEG (quality 95, colour not subsampled); its folder is made."""
+    crop = image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]
+    if file is None:
+        return crop
+    file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
     write_image(file, crop, (cv2.IMWRITE_JPEG_QUALITY, 95, *sampling))
+    return crop
 
 
 # -------------------------------------------------------------------------------------------------------------- mosaics

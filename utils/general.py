@@ -41,7 +41,7 @@ from utils.boxes import (
 )
 from utils.config import ROOT, UserError, display_path, find_file, read_yaml
 from utils.data import datasets_dir, load_dataset, prepare
-from utils.drawing import crop_box
+from utils.drawing import save_crop
 from utils.files import free_path, write_yaml
 from utils.inference import round_up
 from utils.plots import save_one_box
@@ -199,7 +199,7 @@ def apply_classifier(x: list[Tensor], model: nn.Module, img: Tensor, im0: Any) -
             continue
         original = originals[index]
         boxes = scale_boxes(img.shape[2:], found[:, :4].clone(), original.shape).tolist()
-        crops = [cv2.resize(crop_box(box, original, gain=1.3, pad=30, square=True), (224, 224)) for box in boxes]
+        crops = [cv2.resize(save_crop(box, original, None, gain=1.3, pad=30, square=True), (224, 224)) for box in boxes]
         batch = np.ascontiguousarray(np.stack(crops)[..., ::-1].transpose(0, 3, 1, 2), np.float32) / 255
         classes = model(torch.from_numpy(batch).to(found.device)).argmax(1)
         x[index] = found[classes == found[:, 5].long()]

@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import drawing
 from utils.config import UserError, display_path
-from utils.drawing import PALETTE, color, crop_box, feature_maps, plot_batch, save_crop, system_font, write_crop
+from utils.drawing import PALETTE, color, feature_maps, plot_batch, save_crop, system_font
 from utils.files import free_path
 from utils.runtime import LOGGER
 
@@ -507,10 +507,8 @@ def save_one_box(
     The file ends in `.jpg` whatever suffix is given, and is numbered (`im2.jpg`, ...) where one is there.
     """
     box = [float(value) for value in np.asarray(xyxy).reshape(-1)[:4]]
-    crop = crop_box(box, im, gain=gain, pad=pad, square=square)[..., :: 1 if BGR else -1]
-    if save:
-        write_crop(np.ascontiguousarray(crop), free_path(Path(file).with_suffix(".jpg")))
-    return crop
+    target = free_path(Path(file).with_suffix(".jpg")) if save else None
+    return save_crop(box, im if BGR else im[..., ::-1], target, gain=gain, pad=pad, square=square)
 
 
 def feature_visualization(
