@@ -105,7 +105,8 @@ class LoadImages(_Loader):
         if self._frames is None:
             self._frames = iter(self._source)
         frame = next(self._frames)
-        self.count = self.files.index(frame.path, max(self.count - 1, 0)) + 1
+        same_file = frame.frame_index > 1
+        self.count = self.files.index(frame.path, self.count - same_file) + 1  # a list may name a file twice
         self.mode, self.cap = frame.mode, frame.capture
         self.frame, self.frames = frame.frame_index, frame.frame_count
         return frame.path, self._network_input(frame.image), frame.image, frame.capture, frame.prefix

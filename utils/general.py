@@ -225,7 +225,7 @@ def check_img_size(imgsz: int | Sequence[int], s: int | Tensor = 32, floor: int 
 
 def check_suffix(file: Any = "yolov5s.pt", suffix: str | Sequence[str] = (".pt",), msg: str = "") -> None:
     """Raise UserError for a file, or one of a list, whose suffix is not among `suffix`; one without a suffix passes."""
-    wanted = (suffix,) if isinstance(suffix, str) else tuple(suffix)
+    wanted = tuple(known for known in ([suffix] if isinstance(suffix, str) else suffix) if known)
     for name in [file] if isinstance(file, (str, Path)) else file or ():
         found = Path(name).suffix.lower()
         if wanted and found and found not in wanted:
@@ -402,10 +402,10 @@ def strip_optimizer(f: str | Path = "best.pt", s: str | Path = "") -> None:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def colorstr(*input: str) -> str:
+def colorstr(*input: Any) -> str:
     """A text in a terminal's colours: `colorstr("blue", "bold", "text")`; a text alone is blue and bold."""
     *words, text = input if len(input) > 1 else ("blue", "bold", input[0])
-    return "".join(ANSI[word] for word in words) + text + ANSI["end"]
+    return "".join(ANSI[word] for word in words) + str(text) + ANSI["end"]
 
 
 def set_logging(name: str | None = None, verbose: bool = True) -> logging.Logger:
