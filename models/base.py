@@ -48,8 +48,8 @@ class BaseModel(nn.Module):
     def run_layers(self, x: Any, profile: bool = False, visualize: Visualize | None = None) -> Any:
         """The last layer's output for images (B, ch, H, W) in 0..1.
 
-        `profile` logs a line of time and GFLOPs per layer; `visualize(index, type, map)` sees every layer's output.
-        Code written for v6 passes False for nobody.
+        `profile` logs a line of time and GFLOPs per layer; `visualize(index, type, map)` sees every layer's output;
+        False, which programs of v6's time pass, is as None.
         """
         layers: list[Any] = list(self.model)
         sources = [[f % layer.i if layer.i else f for f in listed(layer.f)] for layer in layers]

@@ -164,24 +164,19 @@ def _cached_names(items: tuple[tuple[int, str], ...]) -> Mapping[int, str]:
 class Annotator:
     """Draws boxes and labels on its own copy of a BGR image: `.box(...)`, `.text(...)`, then read `.image`.
 
+    With `in_place` it draws into the image itself, which must be writeable and C-contiguous.
     `line_width` in pixels; None chooses 0.3 % of the mean side, at least 2.
     """
 
-    def __init__(self, image: np.ndarray, line_width: int | None = None) -> None:
-        self.image = np.ascontiguousarray(image).copy()
+    def __init__(self, image: np.ndarray, line_width: int | None = None, *, in_place: bool = False) -> None:
+        self.image = image if in_place else np.ascontiguousarray(image).copy()
         height, width = image.shape[:2]
         self.line_width = line_width or max(round((height + width) / 2 * 0.003), 2)
         # a third of the line width, but on small images no more than leaves room for the picture
         self.font_scale = min(self.line_width / 3, max((height + width) / 2 / 900, 0.4))
         self.font_thickness = max(min(self.line_width - 1, round(self.font_scale * 2)), 1)
 
-    def box(
-        self,
-        xyxy: Sequence[float] | np.ndarray,
-        text: str = "",
-        color: BGR = (128, 128, 128),
-        ink: BGR | None = None,
-    ) -> None:
+    def box(self, xyxy: Sequence[float] | np.ndarray, text: str = "", color: BGR = (128, 128, 128)) -> None:
         """Draw a box (pixels) and its label: above the box where there is room, else inside, never off the side."""
         left, top, right, bottom = (int(value) for value in xyxy[:4])
         cv2.rectangle(self.image, (left, top), (right, bottom), color, self.line_width, cv2.LINE_AA)
@@ -193,18 +188,17 @@ class Annotator:
         border = (self.line_width + 1) // 2  # the box's line lies half outside its corner
         x = min(left - border, self.image.shape[1] - width - 2 * pad)
         y = top - height if top - height >= 0 else max(top, 0)
-        self.text((max(x, 0), y), text, background=color, ink=ink)
+        self.text((max(x, 0), y), text, background=color)
 
-    def text(self, left_top: tuple[int, int], text: str, *, background: BGR, ink: BGR | None = None) -> None:
-        """Write one line on a filled rectangle whose upper left corner is given; `ink` None: black or white as reads
-        better."""
+    def text(self, left_top: tuple[int, int], text: str, *, background: BGR) -> None:
+        """Write one line on a filled rectangle whose upper left corner is given, black or white as reads better."""
         width, ascent, descent = self._text_size(text)
         pad = max(self.line_width // 2, 2)
         x, y = left_top
         cv2.rectangle(self.image, (x, y), (x + width + 2 * pad, y + ascent + descent + pad), background, -1)
         luma = 0.114 * background[0] + 0.587 * background[1] + 0.299 * background[2]  # ITU-R BT.601
-        readable = (0, 0, 0) if luma > 140 else (255, 255, 255)
-        self._write(text, (x + pad, y + pad // 2 + ascent), ink or readable)
+        ink = (0, 0, 0) if luma > 140 else (255, 255, 255)
+        self._write(text, (x + pad, y + pad // 2 + ascent), ink)
 
     def _text_size(self, text: str) -> tuple[int, int, int]:
         """Width, ascent and descent in pixels."""

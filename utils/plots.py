@@ -422,7 +422,7 @@ class Annotator:
     It draws into the array it is given where that can be written to and has its rows one after the other, and into a
     copy otherwise. `im` is BGR, or a PIL image, whose channels then keep their order. Which font draws depends on the
     text alone: `font_size`, `font`, `pil` and `example` have no effect. A label is black or white on its box's colour,
-    whichever reads better, unless `txt_color` names another.
+    whichever reads better; `txt_color` is that of `text` only.
     """
 
     def __init__(
@@ -435,9 +435,8 @@ class Annotator:
         example: str = "abc",
     ) -> None:
         array = np.asarray(im)
-        self._ours = drawing.Annotator(array, line_width)
-        if array.flags.writeable and array.flags.c_contiguous:
-            self._ours.image = array
+        in_place = array.flags.writeable and array.flags.c_contiguous
+        self._ours = drawing.Annotator(array, line_width, in_place=in_place)
         self.lw = self._ours.line_width
 
     @property
@@ -453,8 +452,8 @@ class Annotator:
         txt_color: tuple[int, int, int] = (255, 255, 255),
     ) -> None:
         """Draw a box (x1, y1, x2, y2 in pixels) with its label."""
-        ink = None if tuple(txt_color) == (255, 255, 255) else txt_color
-        self._ours.box([float(value) for value in box[:4]], label or "", color, ink)
+        self._ours.box([float(value) for value in box[:4]], label or "", color)
+        _ = self.im  # whoever looks at the image itself finds the label, too
 
     def rectangle(self, xy: Any, fill: Any = None, outline: Any = None, width: int = 1) -> None:
         """Draw a rectangle (x1, y1, x2, y2), filled with one colour, framed with another."""
