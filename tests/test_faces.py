@@ -131,6 +131,7 @@ def test_scaled_boxes_are_written_in_place_and_returned(kind: Kind) -> None:
     assert result is boxes
     expected = [[200, 120, 600, 520, 0.9, 1], [0, 0, 1280, 720, 0.8, 2]]
     np.testing.assert_allclose(np.asarray(boxes), np.array(expected), rtol=1e-6)
+    assert general.scale_boxes((640, 640), boxes[:0], (720, 1280)).shape == (0, 6)
     view = kind(rows)
     view[:, :4] = general.scale_coords((640, 640), view[:, :4], (720, 1280), ((0.5, 0.5), (0.0, 140.0)))
     np.testing.assert_allclose(np.asarray(view), np.array(expected), rtol=1e-6)
@@ -172,7 +173,7 @@ def test_letterbox_gives_image_ratio_and_half_pads(shape: tuple[int, int]) -> No
     ours, fitted = letterboxed(image, 320, fill=(1, 2, 3))
     assert (padded == ours).all() and padded.shape == (320, 320, 3)
     assert ratio == (fitted.scale, fitted.scale) and pads == fitted.pad_xy
-    assert letterbox(image, (320, 320), stride=64)[0].shape == (256, 320, 3)
+    assert letterbox(image, np.int64(320), stride=64)[0].shape == (256, 320, 3)
     stretched, ratio, pads = letterbox(image, (96, 64), auto=False, scaleFill=True)
     assert stretched.shape == (96, 64, 3) and pads == (0, 0)
     assert ratio == (64 / shape[1], 96 / shape[0])
@@ -281,7 +282,7 @@ def test_small_loader_helpers() -> None:
 
 def test_image_sizes_are_raised_to_the_stride(said: list[str]) -> None:
     assert general.make_divisible(33, torch.tensor([8.0, 32])) == 64 and general.make_divisible(64, 32) == 64
-    assert general.check_img_size(640, s=32) == 640 and not said
+    assert general.check_img_size(np.int64(640), s=32) == 640 and not said
     assert general.check_img_size(650, torch.tensor([8, 16, 32])) == 672 and "672" in said[0]
     assert general.check_img_size((100, 64), 32, floor=96) == [128, 96]
 

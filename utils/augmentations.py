@@ -96,7 +96,8 @@ def letterbox(
     `new_shape` is (height, width) or a number for both. Paddings are those of one side and may end in .5. `scaleFill`
     (without `auto`) stretches the image to `new_shape` instead of padding it.
     """
-    goal_hw = (new_shape, new_shape) if isinstance(new_shape, int) else (int(new_shape[0]), int(new_shape[1]))
+    goal_h, goal_w = np.broadcast_to(np.asarray(new_shape, int), 2).tolist()
+    goal_hw = (goal_h, goal_w)
     if scaleFill and not auto:
         height, width = im.shape[:2]
         stretched = _as_image(cv2.resize(im, goal_hw[::-1], interpolation=cv2.INTER_LINEAR))

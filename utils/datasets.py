@@ -124,7 +124,7 @@ class LoadStreams(_Loader):
 
     def __init__(
         self,
-        sources: str | Path = "file.streams",
+        sources: str | int | Path = "file.streams",
         img_size: int | Sequence[int] = 640,
         stride: int = 32,
         auto: bool = True,
@@ -132,8 +132,8 @@ class LoadStreams(_Loader):
         vid_stride: int = 1,
     ) -> None:
         addresses = [str(sources)]
-        if os.path.isfile(sources) and Path(sources).suffix.lower() in (".streams", ".txt"):
-            addresses = Path(sources).read_text(encoding="utf-8").split()
+        if Path(addresses[0]).suffix.lower() in (".streams", ".txt") and os.path.isfile(addresses[0]):
+            addresses = Path(addresses[0]).read_text(encoding="utf-8").split()
         self.img_size, self.stride, self.transforms, self.vid_stride = img_size, int(stride), transforms, vid_stride
         self._rounds = ours.streams(addresses, vid_stride).rounds()
         self._latest: dict[int, Frame] = {}

@@ -218,9 +218,9 @@ def make_divisible(x: float, divisor: int | Tensor) -> int:
 def check_img_size(imgsz: int | Sequence[int], s: int | Tensor = 32, floor: int = 0) -> Any:
     """Image size, or list of height and width, raised to multiples of the stride `s` and to `floor`; changes logged."""
     stride = int(s.max()) if isinstance(s, Tensor) else int(s)
-    if isinstance(imgsz, int):
-        return round_up(imgsz, stride, floor=floor)
-    return [round_up(side, stride, floor=floor) for side in imgsz]
+    if isinstance(imgsz, Sequence):
+        return [round_up(side, stride, floor=floor) for side in imgsz]
+    return round_up(int(imgsz), stride, floor=floor)
 
 
 def check_suffix(file: Any = "yolov5s.pt", suffix: str | Sequence[str] = (".pt",), msg: str = "") -> None:

@@ -436,7 +436,7 @@ class Annotator:
     ) -> None:
         array = np.asarray(im)
         in_place = array.flags.writeable and array.flags.c_contiguous
-        self._ours = drawing.Annotator(array, line_width, in_place=in_place)
+        self._ours = drawing.Annotator(array, line_width and int(line_width), in_place=in_place)
         self.lw = self._ours.line_width
 
     @property
