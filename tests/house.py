@@ -20,6 +20,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.files",
         "utils.distributed",
         "utils.runtime",
+        "utils.progress",
         "utils.downloads",
         "models.common",
         "models.attention",

@@ -24,6 +24,7 @@ from utils.dataloaders import Batch
 from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix, match
 from utils.nms import non_max_suppression
 from utils.optim import ModelEMA, Schedule
+from utils.progress import Bar, EpochRow
 from utils.runtime import LOGGER, Stopwatch
 
 # Images per forward pass on a CPU, whatever the batch: activations stay near the caches and memory stays low.
@@ -291,7 +292,6 @@ def round_up(imgsz: int, stride: int, *, floor: int = 0) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-TRAIN_HEADER = ("%11s" * 7) % ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 ACCELERATOR_LOG_INTERVAL = 20  # batches between two reads of the losses: each read waits for the device
 MAX_GRADIENT_NORM = 10.0
 ComputesLoss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
@@ -345,6 +345,7 @@ class Trainer:
     frozen: Sequence[nn.Module] = ()  # their parameters do not train; their batch norms keep their statistics too
     dtype: torch.dtype | None = None  # of autocast
     scaler: torch.amp.GradScaler = field(init=False)
+    row: EpochRow | None = field(default=None, init=False)  # what the log says of the epoch so far
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -425,7 +426,8 @@ def train_one_epoch(
     steps = schedule.steps_in(epoch)
     monitor = LossMonitor(trainer.device)
     trainer.start_epoch_()
-    bar = tqdm(loader, total=len(steps), bar_format=BAR_FORMAT, disable=not options.progress)
+    trainer.row = EpochRow(epoch, options.epochs)
+    bar = Bar(loader, trainer.row, total=len(steps), show=options.progress)
     for index, batch in enumerate(bar):
         schedule.apply_(trainer.optimizer, epoch * len(steps) + index)
         images = to_float(batch.images, trainer.device)
@@ -443,14 +445,10 @@ def train_one_epoch(
         if on_batch is not None:
             on_batch(index, batch)
         if read:
-            bar.set_description(_progress_row(epoch, options, monitor.mean, len(targets), images))
+            memory = torch.cuda.memory_reserved(images.device) / 1e9 if images.is_cuda else 0.0
+            losses = tuple(monitor.mean.tolist())
+            trainer.row = bar.title = EpochRow(epoch, options.epochs, memory, losses, len(targets), images.shape[-1])
     return monitor.mean
-
-
-def _progress_row(epoch: int, options: TrainOptions, losses: np.ndarray, instances: int, images: Tensor) -> str:
-    memory = f"{torch.cuda.memory_reserved(images.device) / 1e9 if images.is_cuda else 0:.3g}G"
-    row = "%11s" * 2 + "%11.4g" * 5
-    return row % (f"{epoch}/{options.epochs - 1}", memory, *losses, instances, images.shape[-1])
 
 
 def rescale(images: Tensor, options: TrainOptions, rng: np.random.Generator) -> Tensor:

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from utils.config import UserError, display_path
 from utils.data import DatasetSpec
 from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
 from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape
+from utils.progress import Bar
 from utils.runtime import LOGGER
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
@@ -289,7 +289,7 @@ def scan(
     if table is None:
         with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
             work = pool.map(lambda file: _examine(file, num_classes, names_file, max_pixels), files)
-            table = _Table.build(tqdm(work, title, len(files), leave=False, disable=rank() > 0 or None))
+            table = _Table.build(Bar(work, title, total=len(files), show=rank() <= 0))
         table.write(places, key)
     found, empty, missing, corrupt = np.bincount(table.status, minlength=4).tolist()
     messages = table.messages.tolist()
