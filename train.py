@@ -13,7 +13,6 @@ import argparse
 import copy
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -254,7 +253,6 @@ class Training:
     def _judge(self, model: nn.Module, *, pictures: bool) -> EvalResult:
         """Judge a fused model on the validation split."""
         from utils.engine import EvalOptions, evaluate
-        from utils.progress import terminal_width
 
         half = self.device.type == "cuda"
         return evaluate(
@@ -262,10 +260,8 @@ class Training:
             self.val_loader,
             EvalOptions(
                 len(self.names),
-                half=half,
                 single_cls=self.options.single_cls,
                 confusion=pictures,
-                progress=terminal_width(sys.stderr) is not None,
             ),
             compute_loss=self.trainer.compute_loss,
             on_batch=self._draw_validation if pictures else None,
@@ -386,7 +382,7 @@ class Training:
         return write(self.options.cfg, [parse(spec) for spec in self.options.insert], file)
 
     def _fix_sizes(self, stride: int) -> None:
-        from utils.engine import round_up
+        from utils.inference import round_up
         from utils.training import fit_batch_size
 
         options = self.options
