@@ -174,6 +174,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
         batch_size=16,
         workers=0,
         max_pixels=cell.options["max_megapixels"] * 1_000_000,
+        skip_bad=cell.options["skip_bad"],
         prefix="",
         on_image=found.append,
     )

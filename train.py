@@ -86,6 +86,7 @@ def build_parser() -> ArgumentParser:
     add("--freeze", nargs="+", type=int, default=[0], help="N: layers 0 to N-1; several numbers: exactly these")
     add("--save-period", type=int, default=-1, help="also keep every n-th epoch's checkpoint")
     add("--seed", type=int, default=0, help="seed of everything random")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
     add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     add("--local_rank", "--local-rank", type=int, default=-1, help="set by old launchers; not needed")
     group = parser.add_argument_group("understood, but not offered (the answer says what to use instead)")

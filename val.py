@@ -57,6 +57,7 @@ def build_parser() -> ArgumentParser:
     add("--half", action="store_true", help="fp16 inference (CUDA)")
     add("--dnn", action="store_true", help="not offered: OpenCV DNN inference of ONNX files")
     add("--noplots", action="store_true", help="no pictures")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
     add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     return parser
 
@@ -124,7 +125,11 @@ def _validate(options: argparse.Namespace) -> Summary:
         hybrid=options.save_hybrid,
         confusion=plots,
     )
-    loading = {"workers": options.workers, "max_pixels": options.max_megapixels * 1_000_000}
+    loading = {
+        "workers": options.workers,
+        "max_pixels": options.max_megapixels * 1_000_000,
+        "skip_bad": options.skip_bad,
+    }
     loading |= {"rect": False, "pad": 0.0} if speed else {}
     size = {"imgsz": imgsz, "batch_size": options.batch_size}
     result = judge(network, spec, task, how, on_batch=writer.batch, on_image=writer.image, **size, **loading)
