@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config import (
     ROOT,
+    WORK,
     ArgumentParser,
     UserError,
     check_hyp,
@@ -77,7 +78,7 @@ def build_parser() -> ArgumentParser:
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
     add("--workers", type=int, default=8, help="most loader processes per device")
-    add("--project", default=str(ROOT / "runs/train"), help="folder of the runs")
+    add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
     add("--cos-lr", action="store_true", help="cosine learning rate instead of linear")
@@ -477,7 +478,7 @@ def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[arg
     from models.checkpoints.files import read
     from utils.recorder import newest_checkpoint
 
-    file = newest_checkpoint([Path("runs"), ROOT / "runs"]) if options.resume is True else Path(options.resume)
+    file = newest_checkpoint([Path("runs"), WORK / "runs"]) if options.resume is True else Path(options.resume)
     if not file.is_file():
         raise UserError(f"--resume {file}: no such file. Give the path of a run's weights/last.pt.")
     checkpoint = read(file)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
+from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
 from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
     add("--save-hybrid", action="store_true", help="write labels and detections together; implies --save-txt")
     add("--save-conf", action="store_true", help="confidences in --save-txt files")
     add("--save-json", action="store_true", help="write a COCO results file; scored with pycocotools where installed")
-    add("--project", default=str(ROOT / "runs/val"), help="folder of the runs")
+    add("--project", default=str(WORK / "runs/val"), help="folder of the runs")
     add("--name", default="exp", help="name of this run")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
     add("--half", action="store_true", help="fp16 inference (CUDA)")

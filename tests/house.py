@@ -90,6 +90,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.insert",
         "models.transfer",
         "models.inspect_gates",
+        "yolov5_attention",
     ),
 }
 TOP_ROW = "benchmarks"  # these scripts time everything else and nobody imports them

@@ -289,7 +289,7 @@ def test_an_upstream_file_is_not_resumed(weights_dir: Path) -> None:
 
 
 def test_resume_without_a_path_needs_a_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ROOT", in_tmp)
+    monkeypatch.setattr(train, "WORK", in_tmp)
     with pytest.raises(UserError, match=r"no last\.pt below runs"):
         train.run(resume=True)
 

@@ -20,7 +20,9 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # the repository, or where it was installed: the YAMLs lie below it
+# Where `runs/` and `datasets/` are: the repository, and for an installed copy the working directory.
+WORK = ROOT if (ROOT / "pyproject.toml").is_file() else Path()
 # Options of `run(...)` that take more than their text: a dataset or hyper-parameters as a mapping, several sources, a
 # torch.device.
 PYTHON_ONLY: dict[str, type | tuple[type, ...]] = {
