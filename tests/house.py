@@ -20,6 +20,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.files",
         "utils.distributed",
         "utils.runtime",
+        "utils.progress",
         "utils.downloads",
         "models.common",
         "models.attention",
@@ -90,6 +91,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.insert",
         "models.transfer",
         "models.inspect_gates",
+        "yolov5_attention",
     ),
 }
 TOP_ROW = "benchmarks"  # these scripts time everything else and nobody imports them

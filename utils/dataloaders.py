@@ -35,7 +35,7 @@ from utils.config import UserError, display_path, owned
 from utils.data import DatasetSpec
 from utils.distributed import rank_zero_first
 from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus
-from utils.labels import Sample, scan
+from utils.labels import Sample, refuse_unusable, scan
 from utils.runtime import LOGGER
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -70,6 +70,7 @@ class LoaderOptions:
     rank: int = 0
     world_size: int = 1
     max_pixels: int = MAX_PIXELS
+    skip_bad: bool = False  # go on where more than a tenth of the images cannot be used
     prefix: str = ""
 
 
@@ -463,11 +464,14 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
     """Batches of the images in `sources` (folders, lists, files) labelled for `spec`, and the dataset behind them.
 
     Raises:
-        UserError: no image at all, or training images without a single label.
+        UserError: no image at all, more than a tenth of them unusable (without `skip_bad`), or training images without
+            a single label.
     """
     with rank_zero_first() if options.world_size > 1 else contextlib.nullcontext():
         found = scan(sources, spec, single_cls=options.single_cls, max_pixels=options.max_pixels, prefix=options.prefix)
     places = ", ".join(display_path(source) for source in sources)
+    if not options.skip_bad:
+        refuse_unusable(found, spec, places)
     if not found.samples:
         detail = f" {found.messages[0]}" if found.messages else ""
         raise UserError(f"{display_path(spec.path)}: no usable image in {places}.{detail}")

@@ -58,6 +58,7 @@ def build_loaders(
         single_cls=options.single_cls,
         workers=options.workers,
         max_pixels=options.max_megapixels * 1_000_000,
+        skip_bad=options.skip_bad,
     )
     cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
     per_process = options.batch_size // world_size()
