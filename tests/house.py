@@ -68,6 +68,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "experiments.statistics",
         "experiments.trials",
         "experiments.pools",
+        "experiments.sizes",
         "experiments.data",
         "experiments.page",
         "experiments.report",

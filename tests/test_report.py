@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import html
 import json
-import math
 import os
 import re
 from html.parser import HTMLParser
@@ -18,14 +17,13 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.data import Boxes
 from experiments.page import Table, markdown, page, ticks
 from experiments.report import load, write
 from utils.config import UserError
 
 pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
 
-SMALL, MEDIUM, LARGE = (10, 10, 30, 30), (50, 50, 110, 110), (120, 20, 320, 220)  # 400, 3600 and 40,000 pixels
+SMALL, LARGE = (10, 10, 30, 30), (120, 20, 320, 220)  # 400 and 40,000 pixels
 NASTY = '<b>&"|`x`</b>'
 ENVIRONMENT = {"commit": "0123abc", "machine": "two cores & <no> GPU"}
 HEADER = "               epoch,     metrics/mAP_0.5"
@@ -198,47 +196,16 @@ def test_numbers_of_training_images_are_announced_as_memory(tmp_path: Path, val:
     assert ("none of which is trained on" in text) != remembered
 
 
-def sizes(detections: list[tuple[float, ...]], truth: list[tuple[float, ...]]) -> list[float]:
-    arrays = boxes(detections, truth)
-    return Boxes(
-        paths=arrays["paths"].tolist(),
-        detections=arrays["detections"],
-        image=arrays["detection_image"],
-        truth=arrays["truth"],
-        truth_image=arrays["truth_image"],
-    ).per_size()
-
-
-FULL = 0.995  # YOLOv5's mAP of perfect detections: its last of 101 points is always 0
-
-
-def test_perfect_small_and_missed_large_objects_are_told_apart() -> None:
-    small, medium, large = sizes([(*SMALL, 0.9, 0)], [(0, *SMALL), (0, *LARGE)])
-    assert small == pytest.approx(FULL) and large == 0 and math.isnan(medium)
-
-
-def test_found_objects_of_another_size_are_no_false_alarms() -> None:
-    detections = [(*LARGE, 0.99, 0), (*MEDIUM, 0.95, 0), (*SMALL, 0.5, 0)]
-    assert sizes(detections, [(0, *SMALL), (0, *MEDIUM), (0, *LARGE)]) == pytest.approx([FULL] * 3)
-
-
-def test_a_false_alarm_counts_for_its_own_size_only() -> None:
-    alarm = (400, 400, 410, 410)
-    small, medium, _ = sizes([(*alarm, 0.99, 0), (*SMALL, 0.5, 0), (*MEDIUM, 0.4, 0)], [(0, *SMALL), (0, *MEDIUM)])
-    assert medium == pytest.approx(FULL)
-    assert small == pytest.approx(FULL / 2)  # one hit after one false alarm: precision 1/2 at every recall but 1
-
-
-def test_a_detection_matched_to_a_label_of_another_size_belongs_to_that_label() -> None:
-    label, found = (0, 0, 33, 33), (0, 0, 31, 31)  # 1089 and 961 pixels, IoU 0.88: medium label, small detection
-    small, medium, _ = sizes([(*found, 0.9, 0), (*SMALL, 0.5, 1)], [(0, *label), (1, *SMALL)])
-    assert medium == pytest.approx(FULL * 0.8)  # right at the eight thresholds up to 0.85
-    assert small == pytest.approx(FULL)  # its false alarms, at 0.9 and 0.95, are of a class without small labels
-
-
-def test_boxes_of_exactly_32_squared_are_medium_and_of_96_squared_large() -> None:
-    small, medium, large = sizes([], [(0, 0, 0, 32, 32), (0, 0, 0, 96, 96)])
-    assert math.isnan(small) and (medium, large) == (0, 0)
+def test_sizes_are_compared_with_all_objects_by_the_same_rule(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, {"plain": {0: 0.3}, "se": {}})
+    missed = boxes([(*SMALL, 0.9, 0)], [(0, *SMALL), (1, *LARGE)])
+    write_cell(folder, "plain", 0, 0.3, PERFECT)
+    write_cell(folder, "se", 0, 0.3, missed)
+    text, *_ = report(folder)
+    header = "| arm | all (2 labels) | small, below 32² px (1 label) | medium, 32² to 96² px (0 labels) | large, "
+    assert header in text
+    assert ["plain", "1.000", "1.000", "-", "1.000"] in md_rows(text, "plain")
+    assert ["se", "-0.500", "+0.000", "-", "-1.000"] in md_rows(text, "se")
 
 
 def test_seeds_that_were_added_later_are_told_of(tmp_path: Path) -> None:
