@@ -393,7 +393,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return matches[:1] if same else matches
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {one_line(message)} See `python {self.prog} --help`.", file=sys.stderr)
+        sentence = message if message.endswith((".", "?", "!")) else f"{message}."
+        typed = sys.argv[0] if Path(sys.argv[0]).name == Path(self.prog).name else self.prog  # from whatever folder
+        print(f"error: {one_line(sentence)} See `python {one_line(typed)} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
 
