@@ -40,7 +40,6 @@ from utils.config import UserError
 from utils.data import load_dataset
 from utils.files import write_texts
 from utils.labels import image_files
-from utils.runtime import plural
 
 __all__ = ["load", "write"]
 
@@ -59,6 +58,12 @@ SIZE_LIMITS = {
     "large": "large, 96² px and more",
 }
 CLASSES_SHOWN = 10
+LEAST_HEIGHT = 0.01  # of the axis of learning curves, where all of them are lower
+SHOWN = 0.0005  # the least score or difference that three digits show
+NOTHING_FOUND = (
+    f"No arm found anything: every {SECOND} and {PRIMARY} is below {SHOWN}, so there is nothing to compare. Train for"
+    " more epochs, at a larger --img, or start from --weights."
+)
 RESAMPLES = 300  # of the images: half an interval is then off by a tenth or so, with 1,000 by a twentieth
 MISSING = "-"
 
@@ -147,7 +152,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun if number == 1 else plural(noun)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _p(value: float) -> str:
@@ -167,11 +172,14 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     """The answer in words, then the scores and the comparisons."""
     first, second = (compare(ablation.values(metric), ablation.baseline) for metric in (PRIMARY, SECOND))
     images, remembered = _judged_on(ablation)
-    blocks: list[Block] = [Text(_headline(first, ablation.baseline), warning=not first)]
+    empty = _nothing_found(ablation)
+    headline = NOTHING_FOUND if empty else _headline(first, ablation.baseline)
+    blocks: list[Block] = [Text(headline, warning=empty or not first)]
     if remembered:
         blocks.append(Text(remembered, warning=True))
-    blocks += [Text(_recipe_in_words(ablation, images)), Items([c.sentence(PRIMARY) for c in first])]
-    if first:
+    blocks.append(Text(_recipe_in_words(ablation, images)))
+    if first and not empty:
+        blocks.append(Items([c.sentence(PRIMARY) for c in first]))
         blocks += [Text(f"And in {SECOND}, which does not decide:"), Items([c.sentence(SECOND) for c in second])]
     if ablation.unfinished:
         blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
@@ -190,6 +198,8 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     ]
     caption = "Mean ± standard deviation over seeds. Precision and recall are at the confidence with the best mean F1."
     blocks += [Heading("Results"), Table(caption, ["arm", "seeds", *METRICS], rows)]
+    if empty or not first:
+        return blocks
     over_images = {c.arm: _image_interval(ablation, c.arm, resamples) for c in first}
     caption = (
         f"{PRIMARY}: difference to '{ablation.baseline}' within each seed. The verdict comes from Holm's p alone (exact"
@@ -201,15 +211,21 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     return [*blocks, _comparisons(caption, first, over_images), _comparisons(caption_second, second, {})]
 
 
+def _nothing_found(ablation: Ablation) -> bool:
+    """Whether there are finished cells and all of their scores would be shown as 0.000."""
+    cells = _cells(ablation)
+    return bool(cells) and all(cell.scores[name] < SHOWN for cell in cells for name in (PRIMARY, SECOND))
+
+
 def _headline(comparisons: Sequence[Comparison], baseline: str) -> str:
     if not comparisons:
         return "There is only one arm, so nothing is compared."
     needed, count = seeds_needed(len(comparisons)), len(comparisons)
     if not any(c.can_be_significant for c in comparisons):
         most = max(c.n for c in comparisons)
-        against = "1 comparison" if count == 1 else f"{count} comparisons"
+        against = _count(count, "comparison")
         return (
-            f"No significance can be claimed: an arm shares at most {most} finished seed{'' if most == 1 else 's'} with"
+            f"No significance can be claimed: an arm shares at most {_count(most, 'finished seed')} with"
             f" the baseline '{baseline}', and {against} would need at least {needed}."
         )
     groups = {
@@ -251,10 +267,13 @@ def _judged_on(ablation: Ablation) -> tuple[str, str]:
 
 def _recipe_in_words(ablation: Ablation, images: str) -> str:
     recipe = ablation.recipe
-    known = {"epochs": "{} epochs", "imgsz": "{} pixels", "weights": "starting from {}"}
-    shared = [form.format(recipe[key] or "random weights") for key, form in known.items() if key in recipe]
+    known = {"epochs": "epoch", "imgsz": "pixel"}
+    shared = [_count(recipe[key], noun) for key, noun in known.items() if isinstance(recipe.get(key), int)]
+    if "weights" in recipe:
+        shared.append(f"starting from {recipe['weights'] or 'random weights'}")
+    trainings = _count(len(_cells(ablation)), "finished training")
     return (
-        f"{len(ablation.arms)} arms, {len(_cells(ablation))} finished trainings of one recipe ({', '.join(shared)})."
+        f"{_count(len(ablation.arms), 'arm')}, {trainings} of one recipe ({', '.join(shared)})."
         f" The metric that decides is {PRIMARY} on {images}. The last epoch is judged, not the best one, which would"
         " have been chosen on the very images it is judged on."
     )
@@ -299,11 +318,11 @@ def _charts(ablation: Ablation) -> list[Block]:
     if not curves:
         return []
     everything = [curve for of_arm in curves.values() for curve in of_arm]
-    highest = max((float(np.nanmax(curve)) for curve in everything if np.isfinite(curve).any()), default=1.0)
-    extent, baseline = (max(map(len, everything)), highest), ablation.baseline
+    highest = max((float(np.nanmax(curve)) for curve in everything if np.isfinite(curve).any()), default=0.0)
+    extent, baseline = (max(map(len, everything)), max(highest, LEAST_HEIGHT)), ablation.baseline
     panels = [
         (
-            f"{arm} ({len(of_arm)} seed{'' if len(of_arm) == 1 else 's'})",
+            f"{arm} ({_count(len(of_arm), 'seed')})",
             curve_panel(
                 f"{SECOND} of {arm} over the epochs",
                 of_arm,
@@ -317,14 +336,17 @@ def _charts(ablation: Ablation) -> list[Block]:
         f"{SECOND} on the val images after each epoch: mean over seeds, and a band from the lowest to the highest seed."
         f" Dashed: the mean of '{baseline}'. The bands include what differs between seeds for every arm alike."
     )
-    rows = []
-    for c in compare(ablation.values(PRIMARY), baseline):
+    rows: list[DifferenceRow] = []
+    for c in [] if _nothing_found(ablation) else compare(ablation.values(PRIMARY), baseline):
         by_seed = paired_differences(ablation.values(PRIMARY), baseline, c.arm)
         rows.append(DifferenceRow(c.arm, by_seed, c.mean, c.interval))
     label = f"difference in {PRIMARY} to the baseline"
     dots = f"A dot per seed: {PRIMARY} minus that of '{baseline}'. Diamond: their mean; bar: 95 % interval over seeds."
-    shown = [Charts(dots, [(label, difference_plot(label, rows))])] if any(row.by_seed for row in rows) else []
-    return [Heading("Differences within each seed"), *shown, Heading("Learning curves"), Charts(caption, panels)]
+    curves_block: list[Block] = [Heading("Learning curves"), Charts(caption, panels)]
+    if not any(row.by_seed for row in rows):
+        return curves_block
+    plot = Charts(dots, [(label, difference_plot(label, rows))])
+    return [Heading("Differences within each seed"), plot, *curves_block]
 
 
 def _sizes(ablation: Ablation) -> list[Block]:
@@ -362,7 +384,7 @@ def _classes(ablation: Ablation) -> list[Block]:
         for name in names
     }
     largest = {name: max(map(abs, filter(math.isfinite, row)), default=0.0) for name, row in changes.items()}
-    top = sorted((name for name in names if largest[name] > 0), key=lambda name: -largest[name])[:CLASSES_SHOWN]
+    top = sorted((name for name in names if largest[name] >= SHOWN), key=lambda name: -largest[name])[:CLASSES_SHOWN]
     rows = []
     for name in top:
         of_baseline = (

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.page import Table, markdown, page, ticks
+from experiments.page import DifferenceRow, Table, curve_panel, difference_plot, markdown, page, ticks
 from experiments.report import load, write
 from utils.config import UserError
 
@@ -44,7 +45,7 @@ class Balanced(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in {"meta", "img"}:
+        if tag not in {"meta", "img", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -150,6 +151,7 @@ def test_mixed_signs_with_seeds_enough_are_no_difference_found(tmp_path: Path) -
 
 def test_all_three_files_agree_on_every_seed(tmp_path: Path) -> None:
     text, rows, web = report(ablation_in(tmp_path, SIX))
+    web = re.sub(r' data-label="[^"]*"', "", web)
     cells = re.findall(r'<tr><th scope="row">(\w+)</th><td>(\d)</td>((?:<td>[\d.]+</td>){5})</tr>', web)
     of_web = sorted((arm, seed, *re.findall(r"<td>([\d.]+)</td>", rest)[:4]) for arm, seed, rest in cells)
     of_csv = sorted(
@@ -206,6 +208,74 @@ def test_sizes_are_compared_with_all_objects_by_the_same_rule(tmp_path: Path) ->
     assert header in text
     assert ["plain", "1.000", "1.000", "-", "1.000"] in md_rows(text, "plain")
     assert ["se", "-0.500", "+0.000", "-", "-1.000"] in md_rows(text, "se")
+
+
+# ---------------------------------------------------------------------------------------------------- nothing was found
+
+
+def without_scores(folder: Path, scores: dict[str, dict[int, float]]) -> Path:
+    """An ablation of one epoch in which every score of each cell is that of `scores`, and nothing was detected."""
+    ablation_in(folder, scores)
+    for arm, by_seed in scores.items():
+        for seed, score in by_seed.items():
+            place = write_cell(folder, arm, seed, score, boxes([], [(0, *SMALL), (1, *LARGE)]))
+            cell = json.loads((place / "cell.json").read_text(encoding="utf-8"))
+            cell |= {**dict.fromkeys(("precision", "recall", "mAP50", "mAP50-95"), score), "per_class": {"cat": score}}
+            cell["per_class"]["dog"] = score
+            (place / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+            (place / "results.csv").write_text(f"{HEADER}\n0, {score}\n", encoding="utf-8")
+    return folder
+
+
+def test_a_report_of_nothing_compares_nothing(tmp_path: Path) -> None:
+    """Two arms that found nothing, one by a hair less."""
+    folder = without_scores(tmp_path, {"plain": {0: 0.0, 1: 0.0}, "se": {0: 0.0002, 1: 0.0004}})
+    text, rows, web = report(folder)
+    assert len(rows) == 4 and float(rows[-1]["mAP50"]) == 0.0004
+    for shown in (text, web):
+        assert "No arm found anything" in shown
+        for claim in ("higher in", "Holm", "interval", "By class", "Differences within each seed", "nan"):
+            assert claim not in shown, claim
+    assert md_rows(text, "se")[0] == ["se", "2", *["0.000 ± 0.000"] * 4]
+
+
+def test_one_arm_that_found_something_is_compared(tmp_path: Path) -> None:
+    text, *_ = report(without_scores(tmp_path, {"plain": {0: 0.0, 1: 0.0}, "se": {0: 0.0, 1: 0.1}}))
+    assert "No arm found anything" not in text and "higher in 1 of 2 paired seeds" in text
+
+
+def test_a_single_epoch_is_a_point_on_an_axis_of_one_epoch() -> None:
+    one = curve_panel("one", [np.array([0.2]), np.array([0.4])], [np.array([0.1])], (1, 0.4))
+    assert re.findall('text-anchor="middle">([^<]+)<', one) == ["1", "epoch"]
+    assert 'class="point"' in one and 'class="span"' in one and '<line class="base"' in one
+    assert "polyline" not in one and "polygon" not in one
+    two = curve_panel("two", [np.array([0.2, 0.3])], [], (2, 0.3))
+    assert "polyline" in two and 'class="point"' not in two
+
+
+def test_no_line_crosses_the_name_of_an_arm() -> None:
+    rows = [DifferenceRow(f"arm {i}", {0: 0.0, 1: 0.1 * i}, 0.05 * i, (0.0, 0.1 * i)) for i in range(3)]
+    svg = difference_plot("difference", rows)
+    names = [float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)"', svg)]
+    lines = re.findall(r'class="(?:axis|zero)" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', svg)
+    assert len(names) == 3 and len(lines) >= 6
+    for y in names:
+        assert not any(float(low) < y + 4 and float(high) > y - 12 for low, high in lines)
+
+
+def test_differences_too_small_to_be_shown_stay_at_the_zero_line() -> None:
+    svg = difference_plot("difference", [DifferenceRow("se", {0: 0.00001, 1: 0.00002}, 0.000015, (math.nan, math.nan))])
+    zero = float(re.findall(r'class="zero" x1="([\d.]+)"', svg)[0])
+    assert all(abs(float(x) - zero) < 5 for x in re.findall(r'class="dot" cx="([\d.]+)"', svg))
+
+
+def test_a_table_too_wide_for_a_phone_names_its_columns_in_every_cell() -> None:
+    wide = Table("wide", ["arm", "seeds", 'a "long" name', "another one"], [["plain", "6", "0.625 ± 0.019", "x" * 20]])
+    narrow = Table("narrow", ["arm", "seeds"], [["plain", "6"]])
+    text = page("title", [wide, narrow])
+    Balanced(text)
+    assert text.count('<table class="stack">') == 1 == text.count("<table>")
+    assert re.findall(r'data-label="([^"]*)"', text) == ["seeds", "a &quot;long&quot; name", "another one"]
 
 
 def test_seeds_that_were_added_later_are_told_of(tmp_path: Path) -> None:
