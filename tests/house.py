@@ -69,6 +69,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "experiments.statistics",
         "experiments.trials",
         "experiments.pools",
+        "experiments.sizes",
         "experiments.data",
         "experiments.page",
         "experiments.report",

@@ -270,7 +270,7 @@ def _density(axes: Axes, x: np.ndarray, y: np.ndarray, bins: int) -> None:
 
 
 def _correlogram(boxes: np.ndarray, file: Path) -> None:
-    """x, y, width and height, each alone on the diagonal and each pair below it."""
+    """x, y, width and height, each alone on the diagonal and each pair below it; y points down, as in images."""
     boxes = boxes[:: max(len(boxes) // MAX_CORRELOGRAM, 1)]
     parts = ("x", "y", "width", "height")
     margins = dict(left=0.07, right=0.98, bottom=0.06, top=0.98, wspace=0.25, hspace=0.2)
@@ -286,6 +286,8 @@ def _correlogram(boxes: np.ndarray, file: Path) -> None:
                 axes.set(xlim=(0, 1), yticks=())
             else:
                 _density(axes, boxes[:, column], boxes[:, row], 50)
+                if parts[row] == "y":
+                    axes.invert_yaxis()  # images count rows downwards, as in labels.jpg
             if row == 3:
                 axes.set_xlabel(parts[column], color=INK, fontsize=11)
             if column == 0:
