@@ -183,16 +183,15 @@ def contiguous(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def advice(layer: nn.Module) -> str:
-    """The two lines that make a gate of a pasted class, to be pasted into it, with the reason."""
+def advice(layer: nn.Module) -> tuple[str, str, str]:
+    """The two lines that make a gate of a pasted class, and before them a sentence that says so."""
     layer = layer[0] if isinstance(layer, nn.Sequential) else layer  # a row's number above 1
-    weights = [name for name, part in layer.named_modules() if getattr(part, "weight", None) is not None]
-    weights = [name for name in weights if not isinstance(layer.get_submodule(name), nn.modules.batchnorm._NormBase)]
-    last = weights[-1] if weights else "the_last_layer"
-    dotted = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in last.split("."))
+    weights = [name for name, weight in layer.named_parameters() if weight.ndim > 1]  # not those of norms
+    path = [*weights, "last_layer.weight"][max(len(weights) - 1, 0)].split(".")
+    last = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path)
     return (
-        f"Two lines in class {type(layer).__name__} let it start neutral, the second for models/inspect_gates.py too:\n"
-        f"    def neutralise_(self): nn.init.zeros_(self{dotted}.weight)"
-        "  # zeros in its last layers, and in their biases: forward(x) is then a constant times x\n"
-        "    def scale(self, x): return ...  # what forward multiplies x by, (B, c or 1, H or 1, W or 1)"
+        f"With two lines of its own class {type(layer).__name__} starts neutral and models/inspect_gates.py reads it:",
+        f"def neutralise_(self): nn.init.zeros_(self{last})"
+        "  # and what else must be zero for forward(x) to be a constant times x, such as a bias",
+        "def scale(self, x): return ...  # what forward multiplies x by, (B, c or 1, H or 1, W or 1)",
     )

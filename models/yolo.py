@@ -334,7 +334,9 @@ class DetectionModel(BaseModel):
 
         In training mode that pass would move every batch norm's running statistics by one blank image.
         """
-        size = max(128, 2 * max(int(row.stride or 64) for row in self.graph.rows))
+        rows = self.graph.rows
+        usual = 256 if any(graphs.is_pasted(row.module) for row in rows) else 128  # what their authors could rely on
+        size = max(usual, 2 * max(int(row.stride or 64) for row in rows))
         self.eval()
         self.head.train()
         network = self if self._is_small_at(size) else copy.deepcopy(self).to("meta")

@@ -125,7 +125,8 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
             f"its network has no attention gate ({', '.join(gate_names())}). Give the checkpoint of one that has."
         )
     if closed:
-        said = f"cannot be read: what it multiplies by is inside its forward. {advice(model.model[closed[0].index])}"
+        lines = "; ".join(line.partition("  #")[0] for line in advice(model.model[closed[0].index])[1:])
+        said = f"cannot be read: what it multiplies by is inside its forward. Add two lines to its class: {lines}"
         if not recorders:
             raise UserError(f"its {unread} {said}")
         LOGGER.warning(f"{unread} {said}")

@@ -45,7 +45,7 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
         return "starts as built, not neutral"
     gates, row = _chain(model.model[index]), model.graph.rows[index]
     if not gates:
-        return f"not neutral: {row.module} starts as built, because it has no 'scale' and 'neutralise_'"
+        return "not neutral: starts as built, without 'scale' and 'neutralise_'"
     try:
         known = [neutral_of(gate, row.channels) for gate in gates]
     except LAYER_ERRORS as error:
@@ -92,14 +92,15 @@ def _chain(layer: nn.Module) -> list[Any]:
 def neutral_of(gate: Any, channels: int) -> float | None:
     """The constant that a gate has everywhere once neutral, before its gain; None where no weights make it one.
 
-    For a pasted class it is measured: a copy is made neutral and given a map of this many channels.
+    For a pasted class it is measured: a copy is made neutral and given maps of this many channels, unlike each other.
     """
     if isinstance(gate, Gate):
         return gate.neutral
     tried = copy.deepcopy(gate).eval()
     tried.neutralise_()
     like = next(iter(tried.parameters()), torch.empty(0))
-    x = 1 + torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(like)
+    noise = torch.rand(4, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = ((0.5 + noise) * torch.tensor([-3.0, 0.1, 1, 10]).view(4, 1, 1, 1)).to(like)
     ratio = tried.forward(x) / x  # without the hooks of whoever watches the gate
     constant = float(ratio.median())
     return constant if constant and torch.allclose(ratio, torch.full_like(ratio, constant), atol=1e-6) else None

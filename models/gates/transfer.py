@@ -289,11 +289,14 @@ def start_network(
         report = replace(report, difference=output_difference(model, checkpoint, model.names))
     for warning in report.warnings:
         LOGGER.warning(warning)
+    fixes = {}
     for row in report.rows:
         if row.new in report.gates and row.why.startswith("not neutral"):
-            LOGGER.warning(f"{model.graph.rows[row.new].where} is {row.why}.")
+            LOGGER.warning(f"{model.graph.rows[row.new].where}: {row.why}.")
             if built_elsewhere(model, row.new):
-                LOGGER.info(advice(model.model[row.new]))
+                fixes[row.module] = "\n    ".join(advice(model.model[row.new]))
+    for fix in fixes.values():
+        LOGGER.info(fix)
     if report.percent_parameters < min_transfer:
         raise UserError(
             f"--min-transfer {min_transfer:g}: only {report.percent_parameters:.1f}% of the parameters come from"
