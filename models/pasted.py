@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ IMPORTS = {
     **{name: f"import {name}" for name in ("torch", "math", "warnings", "copy", "einops", "timm", "numpy", "random")},
 }
 PROBE_CHANNELS, PROBE_SIZE = 256, 16  # a map on which a class is tried that no row describes
-MAX_PROBE = 1 << 24  # elements of a map, and channels in times channels out, that are tried with real memory
+MAX_PROBE = 1 << 24  # elements of a map, and channels squared, that are tried with real memory
 MAX_NUMBER = 4096  # any other argument of a class that is tried so
 
 
@@ -108,16 +109,32 @@ def output_shape(layer: type[nn.Module], args: list[Any], shape: tuple[int, ...]
     Raises:
         UserError: it cannot be built, fails, or gives something else than a map; the message starts with `where`.
     """
-    numbers = [arg for arg in args if isinstance(arg, (int, float))]
-    rest = numbers[len(leading(layer) or ()) :]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             return _run(layer, args, shape, "meta", where)
         except UserError:
-            large = max(torch.Size(shape).numel(), shape[1] * max([*numbers, 1])) > MAX_PROBE
-            if large or any(abs(value) > MAX_NUMBER for value in rest):
+            if torch.Size(shape).numel() > MAX_PROBE or not _is_small(layer, args):
                 return None
         return _run(layer, args, shape, "cpu", where)
+
+
+def build(layer: type[nn.Module], *args: Any) -> nn.Module:
+    """The layer on torch's default device; where that is meta, and its constructor needs values, on the CPU."""
+    try:
+        return layer(*args)
+    except ERRORS:
+        if not _is_small(layer, args):
+            raise
+        with torch.device("cpu"):
+            return layer(*args)
+
+
+def _is_small(layer: type[nn.Module], args: Sequence[Any]) -> bool:
+    """Whether it may be built in real memory before anybody has compared its size with a file's."""
+    numbers = [arg for arg in args if isinstance(arg, (int, float))]
+    count = len(leading(layer) or ())
+    channels = [*numbers[:count], 1]
+    return max(channels) ** 2 <= MAX_PROBE and all(abs(value) <= MAX_NUMBER for value in numbers[count:])
 
 
 def _run(layer: type[nn.Module], args: list[Any], shape: tuple[int, ...], device: str, where: str) -> tuple[int, ...]:

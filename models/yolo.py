@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ if __name__ == "__main__":  # before torch is imported: --help should not wait f
 import torch
 from torch import Tensor, nn
 
-from models import grammar
+from models import grammar, pasted
 from models import graph as graphs
 from models.augment import augmented
 from models.base import BaseModel, Visualize
@@ -53,7 +54,6 @@ from models.common import Classify, Proto, set_activation
 from models.grammar import LAYER_ERRORS, first_line
 from models.graph import Graph, Row
 from models.measure import Size, profile_training
-from models.pasted import contiguous
 from utils.config import ROOT, UserError, display_path
 from utils.runtime import LOGGER, select_device
 
@@ -225,17 +225,22 @@ def parse_model(
     count: Counter[str] = Counter()
     for row in graph.rows:
         m = classes[row.module]
+        make = partial(pasted.build, m) if graphs.is_pasted(row.module) else m
         count[row.module] += 1
-        args = _arguments(m, row, graph)
+        try:
+            args = _arguments(m, row, graph)
+        except NameError as error:  # a branch of a tutorial, whose class this file does not import
+            fix = "Remove the branch that was added for it: a class in models/common.py needs none"
+            raise UserError(f"models/yolo.py: '{error.name}' is not defined. {fix}.") from None
         chained = row.repeats if "repeat" not in graphs.wiring(row.module) else 1
         try:
             with _drawing_from(seed, f"{row.module}:{count[row.module]}"):
-                layer: Any = nn.Sequential(*(m(*args) for _ in range(chained))) if chained > 1 else m(*args)
+                layer: Any = nn.Sequential(*(make(*args) for _ in range(chained))) if chained > 1 else make(*args)
         except LAYER_ERRORS as error:
             raise UserError(f"{row.where}: cannot be built from {row.args!r}: {first_line(error)}.") from None
         set_activation(layer, activation)  # one object for all, as in the official files
         if graphs.is_pasted(row.module):
-            layer.register_forward_pre_hook(contiguous)
+            layer.register_forward_pre_hook(pasted.contiguous)
         layer.i, layer.f, layer.type = row.index, row.raw_from, f"{m.__module__}.{m.__name__}"
         layer.np = Size.of(layer).parameters
         if verbose:

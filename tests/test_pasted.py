@@ -63,6 +63,7 @@ class ChannelAttention(nn.Module):
         b, c, _, _ = x.size()
         return x * self.fc(x.view(b, c, -1).mean(2)).view(b, c, 1, 1)
 """
+VALUES = CHANNEL.replace("super()", "torch.linspace(0, 1, 3).tolist(); super()", 1)  # cannot be built on meta
 POSITION = """
 
 class Position(nn.Module):
@@ -205,12 +206,14 @@ def test_memory_formats_do_not_matter_to_code_that_calls_view(paste: Paste) -> N
 
 
 def test_reading_a_network_leaves_random_numbers_as_they_were(paste: Paste) -> None:
-    paste(OWN.replace("super(", "torch.linspace(0, 1, 2).tolist(); super("))  # has no values on the meta device
+    paste(VALUES)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    graphs.read(with_row([-1, 1, "MyAttention", [1024]]))
+    graphs.read(with_row([-1, 1, "ChannelAttention", [1024]]))
     assert torch.equal(before, torch.get_rng_state())
-    seeds = [build_model(with_row([-1, 1, "MyAttention", [1024]]), seed=1).model[10].l1.weight for _ in range(2)]
+    seeds = [
+        build_model(with_row([-1, 1, "ChannelAttention", [1024]]), seed=1).model[10].fc[0].weight for _ in range(2)
+    ]
     assert torch.equal(*seeds)
 
 
@@ -345,7 +348,7 @@ def test_a_pasted_class_is_inserted_like_a_gate_unless_it_changes_the_map(paste:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("code", "row"), [(OWN, "MyAttention, [1024, 8]"), (CHANNEL, "ChannelAttention, [1024]")])
+@pytest.mark.parametrize(("code", "row"), [(OWN, "MyAttention, [1024, 8]"), (VALUES, "ChannelAttention, [1024]")])
 def test_own_classes_train_and_a_second_fine_tuning_goes_on_exactly(
     paste: Paste, tiny_dataset: TinyDataset, tmp_path: Path, said: list[str], code: str, row: str
 ) -> None:
@@ -380,13 +383,26 @@ def command(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True, timeout=300)
 
 
+def add_branch(repository: Path, *, imported: bool) -> None:
+    """What tutorials add to parse_model for their class, at the place that looks most like theirs."""
+    file = repository / "models/yolo.py"
+    text = file.read_text(encoding="utf-8")
+    place, imports = "    elif m is nn.BatchNorm2d:\n", "from models.common import "
+    branch = "    elif m is SE:\n        c1 = ch[f]\n        c2 = args[0]\n        args = [c1, args[1]]\n"
+    assert text.count(place) == 1 and text.count(imports) == 1
+    text = text.replace(place, branch + place)
+    file.write_text(text.replace(imports, f"{imports}SE, ") if imported else text, encoding="utf-8")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "row"), [("yolov5s-se-last", 10), ("yolov5s-se-presppf", 9)])
+@pytest.mark.parametrize(("source", "row", "branch"), [("yolov5s-se-last", 10, True), ("yolov5s-se-presppf", 9, False)])
 def test_the_recipe_followed_literally_trains(
-    repository: Path, tiny_dataset: TinyDataset, source: str, row: int
+    repository: Path, tiny_dataset: TinyDataset, source: str, row: int, branch: bool
 ) -> None:
     with open(repository / "models/common.py", "a", encoding="utf-8") as file:
         file.write(SE.format(name="SE"))
+    if branch:
+        add_branch(repository, imported=True)
     text = (repository / f"models/{source}.yaml").read_text(encoding="utf-8")
     small = text.replace("width_multiple: 0.50", "width_multiple: 0.25")  # of the size of the weights
     (repository / "models/yolov5s-se.yaml").write_text(small, encoding="utf-8")
@@ -398,6 +414,13 @@ def test_the_recipe_followed_literally_trains(
     assert "Transferred 349/351 tensors" in said
     stored = read(repository / "runs/train/exp/weights/best.pt")
     assert stored.tensors[f"model.{row}.l1.weight"].shape == (16, 256)
+
+
+@pytest.mark.slow
+def test_a_branch_for_a_class_that_is_not_imported_is_one_line(repository: Path) -> None:
+    add_branch(repository, imported=False)
+    done = command(repository, "models/yolo.py", "--cfg", "yolov5n.yaml")
+    assert done.returncode == 2 and "models/yolo.py: 'SE' is not defined. Remove the branch" in done.stderr, done.stderr
 
 
 @pytest.mark.slow
