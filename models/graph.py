@@ -403,16 +403,17 @@ class _Reader:
             fits = round(shape[1] / self.width)
             rest = "".join(f", {value}" for value in row.args[1:])
             usable = scaled_channels(fits, self.width, self.multiple) == shape[1]
+            how = f"{row.args[0]} x width {self.width:.2f}" if row.args else "as many as it receives"
             fix = f"Write [{fits}{rest}]: the first number is its channels, and the arguments of {found} follow."
             raise UserError(
-                f"{row.where} declares {declared} channels ({row.args[0] if row.args else 'as it receives'} x width"
-                f" {self.width:.2f}) but gives {shape[1]}. {fix if usable else 'Move the row.'}"
+                f"{row.where} declares {declared} channels ({how}) but gives {shape[1]}."
+                f" {fix if usable else 'Move the row.'}"
             )
         factors = {size / edge if size % edge == 0 or edge % size == 0 else None for edge in shape[2:]}
         factor = factors.pop() if len(factors) == 1 else None
         if above is None or factor is None:
             return row
-        return replace(row, stride=above * factor**row.repeats)
+        return replace(row, stride=self._bounded(row, above * factor ** min(row.repeats, MAX_STRIDE.bit_length())))
 
     def _channels(self, row: Row) -> int:
         """Channels of the output."""
@@ -484,7 +485,9 @@ class _Reader:
         factor = _downscale(row.module, options)
         if strides[0] is None or factor is None:
             return None
-        stride = strides[0] * factor
+        return self._bounded(row, strides[0] * factor)
+
+    def _bounded(self, row: Row, stride: float) -> float:
         if not 1 / MAX_STRIDE <= stride <= MAX_STRIDE:
             raise UserError(f"{row.where}: would have stride {stride:g}, expected at most {MAX_STRIDE}.")
         return stride

@@ -156,6 +156,8 @@ def _run(layer: type[nn.Module], args: list[Any], shape: tuple[int, ...], device
     if not isinstance(made, Tensor) or made.ndim != 4:
         found = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
         raise UserError(f"{where}: {call} gives {found}; expected one map (B, c, H, W).")
+    if not made.numel():
+        raise UserError(f"{where}: {call} leaves no pixels of a map of {h} x {w}.")
     return tuple(made.shape)
 
 

@@ -244,6 +244,13 @@ def test_a_pasted_class_takes_the_place_of_ours_of_the_same_name(paste: Paste) -
         (OWN.replace("nn.Sigmoid()", "Swishes()"), [1024], "it uses 'Swishes', which .* Import it above the class"),
         (OWN.replace("view(b, c)", "view(b, 7)"), [1024], r"fails on a map of 256 channels, 8 x 8: shape"),
         (OWN.replace("return x *", "return x,"), [1024], "gives a tuple; expected one map"),
+        (DOWN, [1024, 9, 32, 0], "too many arguments"),
+        (DOWN.replace("return F", "return x[..., :0]\n        F"), [1024], "leaves no pixels of a map of 8 x 8"),
+        (
+            CHANNEL.replace("return x", "return x.repeat(1, 2, 1, 1)\n        x"),
+            [],
+            "256 channels .as many as it receives",
+        ),
         (
             OWN.replace("return x *", "return x.mean(1)\n        return x *"),
             [1024],
