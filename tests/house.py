@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "models.grammar",
+        "models.pasted",
         "models.graph",
         "models.measure",
         "models.base",
