@@ -18,9 +18,10 @@ from utils.data import DatasetSpec
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
-from utils.loss import ComputeLoss, LossHyp, scale_gains
+from utils.loss import LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
 from utils.runtime import LOGGER
+from utils.tasks import task_of
 
 HYP_OWNERS: tuple[type, ...] = (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS)  # every hyper-parameter is a field of one
 MAX_PATH = 4096  # bytes, Linux's own limit
@@ -127,7 +128,7 @@ def build_trainer(
         model=wrapped,
         optimizer=build_optimizer(model, options.optimizer, optim_hyp, options.batch_size),
         schedule=Schedule(optim_hyp, options.epochs, len(loader), options.batch_size, cosine=options.cos_lr),
-        compute_loss=ComputeLoss(model),
+        compute_loss=task_of(model).make_loss(model),
         device=device,
         options=epoch_options,
         ema=ModelEMA(model) if is_main() else None,
