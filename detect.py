@@ -6,7 +6,6 @@ import argparse
 import csv
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -104,20 +103,13 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.visualize and (options.augment or len(options.weights) > 1):
         raise UserError("--visualize shows one pass of one network: leave out --augment and give one --weights.")
-    if options.view_img and not _display_works():
-        raise UserError(
-            "--view-img: no window can be opened here. Leave it out; pictures are saved unless --nosave is given."
-        )
+    if options.view_img:
+        from utils.drawing import can_show
 
-
-def _display_works() -> bool:
-    """Whether OpenCV was built with windows and there is a screen (asked without opening one: Qt would abort)."""
-    import cv2
-
-    gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
-    if gui is not None and gui[1] == "NONE":
-        return False
-    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+        if not can_show():
+            raise UserError(
+                "--view-img: no window can be opened here. Leave it out; pictures are saved unless --nosave is given."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -302,9 +294,10 @@ def _detect(options: argparse.Namespace) -> None:
     source = open_source(options.source, options.vid_stride, options.max_megapixels * 1_000_000)
     import torch
 
+    from utils.drawing import can_show
     from utils.inference import DetectOptions, Detector, input_hw, speed_line
 
-    options.view_img = options.view_img or (source.live and _display_works())
+    options.view_img = options.view_img or (source.live and can_show())
     network = _load(options, select_device(options.device))
     size_hw = input_hw(options.imgsz, network)
     how = DetectOptions(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Summary = tuple[tuple[float, ...], Any, tuple[float, float, float]]
 STUDY_SIZES = range(256, 1536 + 128, 128)
 PLOTTED_BATCHES = 3
-COCO91_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids COCO announced and never used
 
 
 def build_parser() -> ArgumentParser:
@@ -164,6 +163,8 @@ class ResultWriter:
         self.predictions: list[dict[str, Any]] = []
         self.image_ids: list[int | str] = []
         self.is_coco = any(path.as_posix().endswith("coco/val2017.txt") for path in spec.val)
+        from utils.data import coco_categories
+
         self.categories = coco_categories() if self.is_coco else list(range(max(1000, spec.num_classes)))
 
     def batch(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
@@ -225,11 +226,6 @@ class ResultWriter:
             if official is not None:
                 summary = (*summary[:2], *official, *summary[4:])
         return summary
-
-
-def coco_categories() -> list[int]:
-    """COCO's category id of each of its 80 classes."""
-    return [number for number in range(1, 91) if number not in COCO91_GAPS]
 
 
 def coco_map(predictions: Path, spec: DatasetSpec, image_ids: list[int | str]) -> tuple[float, float] | None:

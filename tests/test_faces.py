@@ -18,7 +18,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-import val
 from models import common
 from models.base import Output
 from models.checkpoints.files import load_model, read, save
@@ -29,6 +28,7 @@ from tests.house import ROOT, ROWS, imported_names, sources
 from utils import activations, autoanchor, autobatch, dataloaders, datasets, general, metrics, nms, optim, torch_utils
 from utils.augmentations import letterbox, letterboxed
 from utils.config import UserError
+from utils.data import coco_categories
 from utils.downloads import attempt_download
 from utils.metrics import AveragePrecision, ConfusionMatrix, ap_per_class, bbox_iou, box_iou
 from utils.plots import Annotator, colors, feature_visualization, plot_one_box, save_one_box
@@ -383,7 +383,7 @@ def test_small_arithmetic() -> None:
     weights = general.labels_to_class_weights(labels, 3)
     torch.testing.assert_close(weights, torch.tensor([0.5, 1, 1]) / 2.5)
     assert general.labels_to_image_weights(labels, 3, np.array([1, 5, 10])).tolist() == [12, 0]
-    assert general.coco80_to_coco91_class() == val.coco_categories()
+    assert general.coco80_to_coco91_class() == coco_categories()
     assert general.is_ascii("a") and not general.is_ascii({0: "猫"}) and general.is_chinese("a猫")
     assert "time" in general.methods(general.Profile())
     general.init_seeds(3)

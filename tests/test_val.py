@@ -23,6 +23,7 @@ from models.checkpoints.files import save
 from models.yolo import build_model
 from tests.test_dataloaders import spoil
 from utils.config import UserError
+from utils.data import coco_categories
 
 
 def micro_checkpoint(file: Path, names: tuple[str, ...], *, cfg: str = "yolov5n.yaml", seed: int = 0) -> Path:
@@ -156,7 +157,7 @@ def test_json_holds_boxes_from_the_top_left_in_pixels(
 
 
 def test_coco_categories_skip_the_ten_ids_that_were_never_used() -> None:
-    categories = val.coco_categories()
+    categories = coco_categories()
     assert len(categories) == 80 and categories[:12] == [*range(1, 12), 13] and categories[-1] == 90
 
 

@@ -15,6 +15,8 @@ from utils.downloads import OFFLINE_HINT, fetch_archive
 from utils.files import user_cache_dir
 from utils.shapes import CLASSES, SPLITS, draw_files, missing_files
 
+COCO91_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids COCO announced and never used
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
@@ -149,6 +151,11 @@ def _split_paths(file: YamlFile, task: str, root: Path) -> tuple[Path, ...]:
             path = root / entry[3:]
         paths.append(path)
     return tuple(paths)
+
+
+def coco_categories() -> list[int]:
+    """COCO's category id of each of its 80 classes."""
+    return [number for number in range(1, 91) if number not in COCO91_GAPS]
 
 
 # ------------------------------------------------------------------------------------------------------------ in place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -364,6 +365,14 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def can_show() -> bool:
+    """Whether OpenCV was built with windows and there is a screen (asked without opening one: Qt would abort)."""
+    gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
+    if gui is not None and gui[1] == "NONE":
+        return False
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def write_image(file: str | Path, image: np.ndarray, parameters: Sequence[int] = ()) -> None:

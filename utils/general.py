@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ from utils.boxes import (
     xyxy_to_cxcywhn,
 )
 from utils.config import ROOT, UserError, display_path, find_file, read_yaml
-from utils.data import datasets_dir, load_dataset, prepare
-from utils.drawing import save_crop
+from utils.data import coco_categories, datasets_dir, load_dataset, prepare
+from utils.drawing import can_show, save_crop
 from utils.files import free_path, write_yaml
 from utils.inference import round_up
 from utils.plots import save_one_box
@@ -54,7 +53,6 @@ __all__ = [  # what others find here besides the definitions below
 ]
 
 NUM_THREADS = min(8, max(1, (os.cpu_count() or 2) - 1))
-COCO91_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids COCO announced and never used
 ANSI = {
     "black": "\033[30m",
     "red": "\033[31m",
@@ -327,9 +325,7 @@ def check_python(minimum: str = "3.10") -> bool:
 
 def check_imshow(warn: bool = False) -> bool:
     """Whether windows can be shown: OpenCV was built with them, and there is a display; `warn` logs where not."""
-    gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
-    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    works = (gui is None or gui[1] != "NONE") and (sys.platform in ("win32", "darwin") or bool(display))
+    works = can_show()
     if warn and not works:
         runtime.LOGGER.warning("no window can be shown here: this OpenCV has none, or there is no display.")
     return works
@@ -500,4 +496,4 @@ def labels_to_image_weights(
 
 def coco80_to_coco91_class() -> list[int]:
     """COCO's category id of each of its 80 classes."""
-    return [number for number in range(1, 91) if number not in COCO91_GAPS]
+    return coco_categories()
