@@ -403,7 +403,7 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
             raise UserError(f"arm '{cell.arm}': {ENDED}") from None
         except Exception as error:
             raise RuntimeError(f"arm '{cell.arm}' failed on its first batch") from error
-        LOGGER.info(f"arm '{cell.arm}': {found[cell.arm]}")
+        LOGGER.info(f"arm '{cell.arm}': {_in_words(found[cell.arm])}")
     file = folder / "arms.json"
     before = read_arms(file)
     for arm, tried in found.items():
@@ -413,6 +413,14 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
                 " begun with. Put them back, or give --name a new name."
             )
     write_texts({file: json.dumps(found, indent=1)})
+
+
+def _in_words(tried: Mapping[str, Any]) -> str:
+    """What `try_arm` returned, for the log."""
+    size = f"{tried['parameters']:,} parameters"
+    if tried["tensors"] == "0":
+        return f"{size}, none of them from a checkpoint"
+    return f"{size}, {tried['percent']:.1f} % of them from the checkpoint ({tried['tensors']} tensors)"
 
 
 def _run_all(pool: Executor, cells: Sequence[Cell]) -> list[tuple[Cell, str]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, counted, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2
@@ -63,7 +63,7 @@ def build_parser() -> ArgumentParser:
     add("--project", default=str(WORK / "runs/detect"), help="results go to project/name")
     add("--name", default="exp", help="results go to project/name")
     add("--exist-ok", action="store_true", help="write into project/name even if it exists")
-    add("--line-thickness", type=int, default=3, help="of boxes, in pixels")
+    add("--line-thickness", type=int, default=None, help="of boxes, in pixels; from the image's size unless given")
     add("--hide-labels", action="store_true", help="draw boxes without labels")
     add("--hide-conf", action="store_true", help="draw labels without the confidence")
     add("--half", action="store_true", help="compute in fp16 (CUDA only)")
@@ -95,9 +95,9 @@ def _check(options: argparse.Namespace) -> None:
     for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
         if not 0 <= value <= 1:
             raise UserError(f"{flag} {value:g}: expected 0 to 1.")
-    check_minimum(options, max_det=1, line_thickness=1, max_megapixels=1)
-    if options.line_thickness > MAX_LINE_THICKNESS:
-        raise UserError(f"--line-thickness {options.line_thickness}: expected at most {MAX_LINE_THICKNESS} pixels.")
+    check_minimum(options, max_det=1, max_megapixels=1)
+    if options.line_thickness is not None and not 1 <= options.line_thickness <= MAX_LINE_THICKNESS:
+        raise UserError(f"--line-thickness {options.line_thickness}: expected 1 to {MAX_LINE_THICKNESS} pixels.")
     if options.dnn:
         raise UserError(
             "--dnn runs ONNX files through OpenCV, which is not available here. Give the .pt and leave it out."
@@ -365,9 +365,8 @@ def _one_round(
         rows[:, :4] = rows[:, :4].round()
         detections = rows.numpy()
         go_on = results.add(frame, detections) and go_on
-        counts = sorted(Counter(detections[:, 5].astype(int).tolist()).items())
-        said = "".join(f"{n} {results.names[index]}{'s' * (n > 1)}, " for index, n in counts) or "(no detections), "
-        LOGGER.info(f"{frame.prefix}{images.shape[2]}x{images.shape[3]} {said}{milliseconds:.1f}ms")
+        said = counted(results.names, detections[:, 5])
+        LOGGER.info(f"{frame.prefix}{images.shape[2]}x{images.shape[3]} {said}, {milliseconds:.1f}ms")
     return go_on
 
 

@@ -342,6 +342,7 @@ class Training:
         from models.gates.insert import write_arguments
         from models.gates.transfer import start_network
         from models.yolo import build_model
+        from utils.tasks import task_of
 
         options, nc = self.options, len(self.names)
         settings: dict[str, Any] = {
@@ -363,8 +364,7 @@ class Training:
                 LOGGER.info(self.report.summary())
             if options.insert:
                 write_arguments(cfg, model.graph)
-        if hasattr(model.head, "nm"):
-            raise UserError("this network predicts masks, and train.py trains boxes only. Give --cfg a detection YAML.")
+        task_of(model)  # refuses a network that cannot be trained here, before anything is written
         model.names = self.names
         if options.sync_bn and world_size() > 1 and self.device.type == "cuda":
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

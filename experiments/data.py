@@ -19,16 +19,14 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 
+from experiments.sizes import map_by_size
 from experiments.statistics import Judged
-from utils.boxes import box_iou
 from utils.config import UserError, display_path, read_yaml
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision, match
 from utils.recorder import MAX_BYTES
 
 PRIMARY, SECOND = "mAP50-95", "mAP50"
 METRICS = ("precision", "recall", SECOND, PRIMARY)
-SIZES = ("small", "medium", "large")
-SIZE_EDGES = (32**2, 96**2)  # COCO's, here as areas of boxes in pixels of the original image
 CURVE_COLUMN = "metrics/mAP_0.5"
 MAX_JSON_BYTES = 2**22  # what an arm or a cell is has a few thousand
 MAX_NUMBER = 1e30
@@ -80,58 +78,31 @@ class Boxes:
         return np.unique(self.truth[:, 0]).astype(int)
 
     @cached_property
-    def matched(self) -> tuple[np.ndarray, np.ndarray]:
-        """`match`'s result (n, thresholds), and which label each detection overlaps most in its class, -1 for none."""
+    def correct(self) -> np.ndarray:
+        """`match`'s result (n, thresholds)."""
         correct = np.zeros((len(self.detections), len(IOU_THRESHOLDS)), bool)
-        label = np.full(len(self.detections), -1)
         for index in range(len(self.paths)):
-            rows, labels = np.flatnonzero(self.image == index), np.flatnonzero(self.truth_image == index)
-            if not len(rows) or not len(labels):
-                continue
-            found, truth = torch.from_numpy(self.detections[rows]), torch.from_numpy(self.truth[labels])
-            correct[rows] = match(found, truth).numpy()
-            iou, best = torch.where(found[:, 5:] == truth[:, 0], box_iou(found[:, :4], truth[:, 1:]), -1).max(1)
-            label[rows] = np.where(iou.numpy() > 0, labels[best.numpy()], -1)
-        return correct, label
+            rows, labels = self.image == index, self.truth_image == index
+            correct[rows] = match(torch.from_numpy(self.detections[rows]), torch.from_numpy(self.truth[labels])).numpy()
+        return correct
 
-    def per_size(self) -> list[float]:
-        """mAP50-95 of small, medium and large objects; NaN for a size that no label has.
-
-        Recall counts the labels of that size. A correct detection belongs to the size of the label it was matched
-        with, any other to its own: so a large object that is found is neither a hit nor a false alarm among small
-        ones. COCO's rule, but that a detection cannot choose a second-best label of the right size.
-        """
-        correct, label = self.matched
-        truth_size, own_size = size_of(self.truth[:, 1:]), size_of(self.detections[:, :4])
-        label_size = np.append(truth_size, -1)[label]
-        scores = []
-        for size in range(len(SIZES)):
-            wanted = self.truth[truth_size == size, 0]
-            by_threshold = []
-            for hit in correct.T:
-                counts = np.where(hit, label_size, own_size) == size
-                found = self.detections[counts]
-                by_threshold.append(average_precision(hit[counts, None], found[:, 4], found[:, 5], wanted))
-            scores.append(float(np.mean(by_threshold)) if len(wanted) else math.nan)
-        return scores
+    @cached_property
+    def per_size(self) -> dict[str, float]:
+        """mAP50-95 of all, small, medium and large objects, see `map_by_size`."""
+        return map_by_size(self.detections, self.image, self.truth, self.truth_image)
 
     def judged(self, number_of: Mapping[str, int]) -> Judged:
         """The same for `experiments.statistics`, images numbered as they are in the whole ablation."""
         numbers = np.array([number_of[path] for path in self.paths], int)
         return Judged(
             image=numbers[self.image],
-            correct=self.matched[0],
+            correct=self.correct,
             conf=self.detections[:, 4],
             cls=self.detections[:, 5].astype(int),
             target_image=numbers[self.truth_image],
             target_cls=self.truth[:, 0].astype(int),
             images=len(number_of),
         )
-
-
-def size_of(xyxy: np.ndarray) -> np.ndarray:
-    """Index into SIZES (n,) of boxes (n, 4)."""
-    return np.digitize((xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]), SIZE_EDGES)
 
 
 def average_precision(correct: np.ndarray, conf: np.ndarray, cls: np.ndarray, target_cls: np.ndarray) -> float:

@@ -22,6 +22,9 @@ from utils.config import UserError, display_path
 IMAGE_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 PANEL_WH, ROW_WIDTH, ROW_HEIGHT = (300, 190), 400, 58  # user units; about CSS pixels on a phone
 LONG_CELL = 32  # characters from which the cells of a column are broken into lines
+PHONE = 328  # width of a small phone's page in CSS pixels
+CHARACTER, CELL_PADDING, LONGEST_NAME = 7.8, 22.4, 20  # of tables, as STYLE has it; a name's letters
+LEAST_SPAN = 0.001  # of an axis of differences, to either side of 0
 LONGEST_LABEL = 50  # characters that fit into ROW_WIDTH
 EDGES_LRTB = (52, 10, 8, 34)  # room around a panel for its axes: left, right, top, bottom
 
@@ -31,7 +34,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --bg: #14181d; --fg: #e6e9ec; --muted: #9aa5b1; --line: #38414b;
   --soft: #1d232a; --accent: #62b7f0; --warn: #f2ab6d; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--bg); color: var(--fg);
+body { margin: 0 auto; padding: 1rem; max-width: 68rem; background: var(--bg); color: var(--fg);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.25; text-wrap: balance; }
 h2 { margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; font-size: 1.3rem; }
@@ -54,7 +57,18 @@ th:first-child { position: sticky; left: 0; text-align: left; background: var(--
 thead th:first-child { background: var(--soft); }
 @media (min-width: 48rem) { th:first-child { max-width: 18rem; } }
 .words, .long { text-align: left; }
+td.words { white-space: normal; min-width: 6rem; }
 td.long { white-space: normal; min-width: 14rem; }
+@media (max-width: 40rem) {
+  .stack, .stack tbody { display: block; width: 100%; }
+  .stack thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .stack tr { display: grid; grid-template-columns: 1fr 1fr; padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  .stack tbody th { grid-column: 1 / -1; position: static; max-width: none; }
+  .stack tbody th, .stack td { border: 0; padding: .15rem .5rem; }
+  .stack td { text-align: left; white-space: normal; }
+  .stack td::before { content: attr(data-label); display: block; color: var(--muted); font-size: .8rem; }
+  .stack td.words { min-width: 0; }
+  .stack td.long { grid-column: 1 / -1; min-width: 0; } }
 pre { margin: 0; padding: .75rem; background: var(--soft); font-size: .85rem; }
 summary { cursor: pointer; margin: 1rem 0 .5rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
@@ -72,6 +86,8 @@ svg .band { fill: var(--accent); fill-opacity: .22; }
 svg .mean { fill: none; stroke: var(--accent); stroke-width: 2.2; }
 svg .base { fill: none; stroke: var(--fg); stroke-width: 1.5; stroke-dasharray: 5 4; }
 svg .dot { fill: var(--accent); fill-opacity: .6; stroke: var(--bg); stroke-width: .7; }
+svg .point { fill: var(--accent); }
+svg .span { stroke: var(--accent); stroke-opacity: .4; stroke-width: 6; }
 svg .whisker { stroke: var(--fg); stroke-width: 2; }
 """
 
@@ -166,14 +182,35 @@ def _scroll(label: str, inside: str) -> str:
 
 
 def _table(table: Table) -> str:
+    """A table that a phone can hold, or one whose rows become blocks there, each value under its column's name."""
     css = [_alignment(column) for column in zip(table.header, *table.rows)]
-    head = "".join(f'<th scope="col"{c}>{escape(name)}</th>' for c, name in zip(css, table.header))
+    stacked = _width(table) > PHONE
+    head = "".join(f'<th scope="col"{c}>{_breakable(name)}</th>' for c, name in zip(css, table.header))
+    labels = [f' data-label="{escape(name)}"' if stacked else "" for name in table.header]
     rows = []
     for name, *cells in table.rows:
-        shown = "".join(f"<td{c}>{escape(cell)}</td>" for c, cell in zip(css[1:], cells))
+        shown = "".join(f"<td{c}{label}>{escape(cell)}</td>" for c, label, cell in zip(css[1:], labels[1:], cells))
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
-    inside = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    start = '<table class="stack">' if stacked else "<table>"
+    inside = f"{start}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<figure><figcaption>{escape(table.caption)}</figcaption>{_scroll(table.caption, inside)}</figure>"
+
+
+def _breakable(name: str) -> str:
+    """A column's name as HTML, in which a line may also end after the signs that arms' names are made of."""
+    return "<wbr>".join(escape(part) for part in _parts(name))
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"(?<=[+@:/_])", name)
+
+
+def _width(table: Table) -> float:
+    """About how many CSS pixels the table needs: cells stay on one line, headers and the names of rows break."""
+    columns = list(zip(table.header, *table.rows))[1:]
+    names = min(max((len(row[0]) for row in table.rows), default=0), LONGEST_NAME)
+    widths = [max(len(text) for text in (*" ".join(_parts(name)).split(" "), *cells)) for name, *cells in columns]
+    return sum(width * CHARACTER + CELL_PADDING for width in [names, *widths])
 
 
 def _alignment(column: Sequence[str]) -> str:
@@ -271,14 +308,17 @@ def curve_panel(
 ) -> str:
     """Mean of the curves over epochs, a band from the lowest to the highest, and the baseline's mean dashed.
 
+    Of a single epoch there are a point, a bar and a dashed line across.
+
     Args:
         extent: last epoch and highest value, the same for all panels that are to be compared.
     """
     (width, height), (left, right, top, bottom) = PANEL_WH, EDGES_LRTB
-    last, highest = max(extent[0], 2), max(extent[1], 1e-9)
+    last, highest = extent[0], max(extent[1], 1e-9)
 
     def x(epoch: float) -> float:
-        return left + (epoch - 1) / (last - 1) * (width - left - right)
+        along = (epoch - 1) / (last - 1) if last > 1 else 0.5
+        return left + along * (width - left - right)
 
     def y(value: float) -> float:
         return height - bottom - value / highest * (height - top - bottom)
@@ -296,13 +336,22 @@ def curve_panel(
     parts += [_text(x(epoch), height - bottom + 15, str(epoch), "middle") for epoch in whole]
     parts.append(_text((left + width - right) / 2, height - 4, "epoch", "middle"))
     epochs, table = _stack(curves)
-    if len(epochs) and len(curves) > 1:
+    if len(epochs) > 1 and len(curves) > 1:
         band = path(epochs, np.nanmax(table, 0)) + " " + path(epochs[::-1], np.nanmin(table, 0)[::-1])
         parts.append(f'<polygon class="band" points="{band}"/>')
+    elif len(epochs) and len(curves) > 1:
+        parts.append(_line("span", x(epochs[0]), y(np.nanmin(table)), x(epochs[0]), y(np.nanmax(table))))
     for css, group in (("base", baseline), ("mean", curves)):
         epochs, table = _stack(group)
-        if len(epochs):
-            parts.append(f'<polyline class="{css}" points="{path(epochs, np.nanmean(table, 0))}"/>')
+        if not len(epochs):
+            continue
+        mean = np.nanmean(table, 0)
+        if len(epochs) > 1:
+            parts.append(f'<polyline class="{css}" points="{path(epochs, mean)}"/>')
+        elif css == "base":
+            parts.append(_line(css, left, y(mean[0]), width - right, y(mean[0])))
+        else:
+            parts.append(f'<circle class="point" cx="{x(epochs[0]):.1f}" cy="{y(mean[0]):.1f}" r="4"/>')
     return _svg(PANEL_WH, label, parts)
 
 
@@ -319,19 +368,22 @@ class DifferenceRow:
 def difference_plot(label: str, rows: Sequence[DifferenceRow]) -> str:
     """A dot per seed, a diamond at the mean, a bar over its interval, and a line at no difference."""
     values = [v for row in rows for v in (*row.by_seed.values(), *row.interval) if math.isfinite(v)]
-    margin = 0.06 * (max([0.0, *values]) - min([0.0, *values])) or 0.01
-    low, high = min([0.0, *values]) - margin, max([0.0, *values]) + margin
+    low, high = min([0.0, *values]), max([0.0, *values])
+    if high - low < LEAST_SPAN:  # differences of nothing stay near the line
+        low, high = -LEAST_SPAN, LEAST_SPAN
+    low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
     bottom = len(rows) * ROW_HEIGHT + 6
 
     def x(value: float) -> float:
         return 12 + (value - low) / (high - low) * (ROW_WIDTH - 24)
 
-    parts = [_line("axis", x(tick), 4, x(tick), bottom) for tick in ticks(low, high)]
-    parts += [_text(x(tick), bottom + 14, f"{tick:+g}" if tick else "0", "middle") for tick in ticks(low, high)]
-    parts += [_line("zero", x(0), 4, x(0), bottom), _text(ROW_WIDTH / 2, bottom + 30, label, "middle")]
+    parts = [_text(x(tick), bottom + 14, f"{tick:+g}" if tick else "0", "middle") for tick in ticks(low, high)]
+    parts.append(_text(ROW_WIDTH / 2, bottom + 30, label, "middle"))
     for index, row in enumerate(rows):
         top = index * ROW_HEIGHT
-        middle = top + 38
+        middle, below_name, end = top + 38, top + 22, bottom if row is rows[-1] else top + ROW_HEIGHT
+        parts += [_line("axis", x(tick), below_name, x(tick), end) for tick in ticks(low, high) if tick]
+        parts.append(_line("zero", x(0), below_name, x(0), end))
         short = row.label if len(row.label) <= LONGEST_LABEL else row.label[: LONGEST_LABEL - 1] + "…"
         parts.append(_text(12, top + 16, short, css="name"))
         for place, (seed, value) in enumerate(row.by_seed.items()):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from experiments.data import METRICS, PRIMARY, SECOND, SIZES, Ablation, Cell, average_precision, load, size_of
+from experiments.data import METRICS, PRIMARY, SECOND, Ablation, Cell, average_precision, load
 from experiments.page import (
     Block,
     Charts,
@@ -34,6 +34,7 @@ from experiments.page import (
     markdown,
     page,
 )
+from experiments.sizes import AREAS, in_areas
 from experiments.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
 from utils.config import UserError
 from utils.data import load_dataset
@@ -50,8 +51,19 @@ COSTS = {
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
 }
-SIZE_LIMITS = ("below 32² px", "32² to 96² px", "96² px and more")
+SIZE_LIMITS = {
+    "all": "all",
+    "small": "small, below 32² px",
+    "medium": "medium, 32² to 96² px",
+    "large": "large, 96² px and more",
+}
 CLASSES_SHOWN = 10
+LEAST_HEIGHT = 0.01  # of the axis of learning curves, where all of them are lower
+SHOWN = 0.0005  # the least score or difference that three digits show
+NOTHING_FOUND = (
+    f"No arm found anything: every {SECOND} and {PRIMARY} is below {SHOWN}, so there is nothing to compare. Train for"
+    " more epochs, at a larger --img, or start from --weights."
+)
 RESAMPLES = 300  # of the images: half an interval is then off by a tenth or so, with 1,000 by a twentieth
 MISSING = "-"
 
@@ -139,6 +151,10 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _p(value: float) -> str:
     return f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
 
@@ -156,11 +172,14 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     """The answer in words, then the scores and the comparisons."""
     first, second = (compare(ablation.values(metric), ablation.baseline) for metric in (PRIMARY, SECOND))
     images, remembered = _judged_on(ablation)
-    blocks: list[Block] = [Text(_headline(first, ablation.baseline), warning=not first)]
+    empty = _nothing_found(ablation)
+    headline = NOTHING_FOUND if empty else _headline(first, ablation.baseline)
+    blocks: list[Block] = [Text(headline, warning=empty or not first)]
     if remembered:
         blocks.append(Text(remembered, warning=True))
-    blocks += [Text(_recipe_in_words(ablation, images)), Items([c.sentence(PRIMARY) for c in first])]
-    if first:
+    blocks.append(Text(_recipe_in_words(ablation, images)))
+    if first and not empty:
+        blocks.append(Items([c.sentence(PRIMARY) for c in first]))
         blocks += [Text(f"And in {SECOND}, which does not decide:"), Items([c.sentence(SECOND) for c in second])]
     if ablation.unfinished:
         blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
@@ -179,6 +198,8 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     ]
     caption = "Mean ± standard deviation over seeds. Precision and recall are at the confidence with the best mean F1."
     blocks += [Heading("Results"), Table(caption, ["arm", "seeds", *METRICS], rows)]
+    if empty or not first:
+        return blocks
     over_images = {c.arm: _image_interval(ablation, c.arm, resamples) for c in first}
     caption = (
         f"{PRIMARY}: difference to '{ablation.baseline}' within each seed. The verdict comes from Holm's p alone (exact"
@@ -190,15 +211,21 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
     return [*blocks, _comparisons(caption, first, over_images), _comparisons(caption_second, second, {})]
 
 
+def _nothing_found(ablation: Ablation) -> bool:
+    """Whether there are finished cells and all of their scores would be shown as 0.000."""
+    cells = _cells(ablation)
+    return bool(cells) and all(cell.scores[name] < SHOWN for cell in cells for name in (PRIMARY, SECOND))
+
+
 def _headline(comparisons: Sequence[Comparison], baseline: str) -> str:
     if not comparisons:
         return "There is only one arm, so nothing is compared."
     needed, count = seeds_needed(len(comparisons)), len(comparisons)
     if not any(c.can_be_significant for c in comparisons):
         most = max(c.n for c in comparisons)
-        against = "1 comparison" if count == 1 else f"{count} comparisons"
+        against = _count(count, "comparison")
         return (
-            f"No significance can be claimed: an arm shares at most {most} finished seed{'' if most == 1 else 's'} with"
+            f"No significance can be claimed: an arm shares at most {_count(most, 'finished seed')} with"
             f" the baseline '{baseline}', and {against} would need at least {needed}."
         )
     groups = {
@@ -240,10 +267,13 @@ def _judged_on(ablation: Ablation) -> tuple[str, str]:
 
 def _recipe_in_words(ablation: Ablation, images: str) -> str:
     recipe = ablation.recipe
-    known = {"epochs": "{} epochs", "imgsz": "{} pixels", "weights": "starting from {}"}
-    shared = [form.format(recipe[key] or "random weights") for key, form in known.items() if key in recipe]
+    known = {"epochs": "epoch", "imgsz": "pixel"}
+    shared = [_count(recipe[key], noun) for key, noun in known.items() if isinstance(recipe.get(key), int)]
+    if "weights" in recipe:
+        shared.append(f"starting from {recipe['weights'] or 'random weights'}")
+    trainings = _count(len(_cells(ablation)), "finished training")
     return (
-        f"{len(ablation.arms)} arms, {len(_cells(ablation))} finished trainings of one recipe ({', '.join(shared)})."
+        f"{_count(len(ablation.arms), 'arm')}, {trainings} of one recipe ({', '.join(shared)})."
         f" The metric that decides is {PRIMARY} on {images}. The last epoch is judged, not the best one, which would"
         " have been chosen on the very images it is judged on."
     )
@@ -288,11 +318,11 @@ def _charts(ablation: Ablation) -> list[Block]:
     if not curves:
         return []
     everything = [curve for of_arm in curves.values() for curve in of_arm]
-    highest = max((float(np.nanmax(curve)) for curve in everything if np.isfinite(curve).any()), default=1.0)
-    extent, baseline = (max(map(len, everything)), highest), ablation.baseline
+    highest = max((float(np.nanmax(curve)) for curve in everything if np.isfinite(curve).any()), default=0.0)
+    extent, baseline = (max(map(len, everything)), max(highest, LEAST_HEIGHT)), ablation.baseline
     panels = [
         (
-            f"{arm} ({len(of_arm)} seed{'' if len(of_arm) == 1 else 's'})",
+            f"{arm} ({_count(len(of_arm), 'seed')})",
             curve_panel(
                 f"{SECOND} of {arm} over the epochs",
                 of_arm,
@@ -306,34 +336,34 @@ def _charts(ablation: Ablation) -> list[Block]:
         f"{SECOND} on the val images after each epoch: mean over seeds, and a band from the lowest to the highest seed."
         f" Dashed: the mean of '{baseline}'. The bands include what differs between seeds for every arm alike."
     )
-    rows = []
-    for c in compare(ablation.values(PRIMARY), baseline):
+    rows: list[DifferenceRow] = []
+    for c in [] if _nothing_found(ablation) else compare(ablation.values(PRIMARY), baseline):
         by_seed = paired_differences(ablation.values(PRIMARY), baseline, c.arm)
         rows.append(DifferenceRow(c.arm, by_seed, c.mean, c.interval))
     label = f"difference in {PRIMARY} to the baseline"
     dots = f"A dot per seed: {PRIMARY} minus that of '{baseline}'. Diamond: their mean; bar: 95 % interval over seeds."
-    shown = [Charts(dots, [(label, difference_plot(label, rows))])] if any(row.by_seed for row in rows) else []
-    return [Heading("Differences within each seed"), *shown, Heading("Learning curves"), Charts(caption, panels)]
+    curves_block: list[Block] = [Heading("Learning curves"), Charts(caption, panels)]
+    if not any(row.by_seed for row in rows):
+        return curves_block
+    plot = Charts(dots, [(label, difference_plot(label, rows))])
+    return [Heading("Differences within each seed"), plot, *curves_block]
 
 
 def _sizes(ablation: Ablation) -> list[Block]:
-    counts = np.bincount(size_of(ablation.labels[:, 1:]), minlength=len(SIZES))
-    scores = {(cell.arm, cell.seed): np.array(cell.boxes.per_size()) for cell in _cells(ablation)}
-    header = [f"{name}, {limits} ({n:,} labels)" for name, limits, n in zip(SIZES, SIZE_LIMITS, counts)]
-    of_baseline = [scores[cell.arm, cell.seed] for cell in ablation.cells[ablation.baseline].values()]
-    rows = [[ablation.baseline, *(_number(_mean(column)) for column in _columns(of_baseline))]]
+    counts = in_areas(ablation.labels[:, 1:]).sum(1)
+    header = [f"{SIZE_LIMITS[name]} ({_count(int(n), 'label')})" for name, n in zip(AREAS, counts)]
+    of_baseline = [cell.boxes.per_size for cell in ablation.cells[ablation.baseline].values()]
+    rows = [[ablation.baseline, *(_number(_mean(scores[name] for scores in of_baseline)) for name in AREAS)]]
     for arm in list(ablation.arms)[1:]:
-        changes = [scores[arm, cell.seed] - scores[base.arm, base.seed] for base, cell in ablation.pairs(arm)]
-        rows.append([arm, *(_difference(_mean(column)) for column in _columns(changes))])
+        pairs = [(base.boxes.per_size, cell.boxes.per_size) for base, cell in ablation.pairs(arm)]
+        rows.append([arm, *(_difference(_mean(ours[name] - theirs[name] for theirs, ours in pairs)) for name in AREAS)])
     caption = (
         f"{PRIMARY} by object size, area of the box in the original image. First row: the baseline; below: mean"
-        " difference to it within each seed. Found objects of other sizes are neither hits nor false alarms. Untested."
+        " difference to it within each seed. As COCO's evaluation computes it: found objects of other sizes are neither"
+        " hits nor false alarms, and precision is 0 above the highest recall. So the first column differs from the"
+        " table above, and each size is the mean of the classes that have labels of that size. Untested."
     )
     return [Heading("By object size"), Table(caption, ["arm", *header], rows)]
-
-
-def _columns(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return list(np.array(rows).T) if rows else [np.zeros(0)] * len(SIZES)
 
 
 def _classes(ablation: Ablation) -> list[Block]:
@@ -347,14 +377,14 @@ def _classes(ablation: Ablation) -> list[Block]:
             _mean(
                 cell.per_class[name] - base.per_class[name]
                 for base, cell in ablation.pairs(arm)
-                if name in cell.per_class
+                if name in cell.per_class and name in base.per_class
             )
             for arm in others
         ]
         for name in names
     }
     largest = {name: max(map(abs, filter(math.isfinite, row)), default=0.0) for name, row in changes.items()}
-    top = sorted((name for name in names if largest[name] > 0), key=lambda name: -largest[name])[:CLASSES_SHOWN]
+    top = sorted((name for name in names if largest[name] >= SHOWN), key=lambda name: -largest[name])[:CLASSES_SHOWN]
     rows = []
     for name in top:
         of_baseline = (

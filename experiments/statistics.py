@@ -136,6 +136,7 @@ class Comparison:
     p_holm: float  # corrected for `comparisons`
     wins: int  # seeds in which the arm is higher
     ties: int  # seeds in which both are equal
+    largest: float  # of the differences' magnitudes, 0 without seeds
     comparisons: int  # arms compared with the baseline
     alpha: float
     confidence: float
@@ -161,6 +162,9 @@ class Comparison:
         seeds = f"{_count(self.n, 'paired seed')}{lacking}"
         if self.ties == self.n:
             return f"{self.arm}: {metric} equal to the baseline's in {self.ties} of {seeds}; {self._verdict()}."
+        if self.largest < 0.5 * 10**-digits:  # the effect would read +0.000, and "higher" be said of nothing
+            least = f"{0.5 * 10**-digits:.{digits + 1}f}"
+            return f"{self.arm}: {metric} within {least} of the baseline's in {self.n} of {seeds}; {self._verdict()}."
         low, high = (_rounded(end, digits) for end in self.interval)
         interval = f" ({100 * self.confidence:g} % interval {low} to {high})" if self.n > 1 else ""
         effect = f"{metric} {_rounded(self.mean, digits, '+')}{interval} against the baseline"
@@ -202,6 +206,7 @@ def compare(values: Values, baseline: str, *, alpha: float = 0.05, confidence: f
             p_holm=p_holm,
             wins=int((differences > 0).sum()),
             ties=int((differences == 0).sum()),
+            largest=float(np.abs(differences).max(initial=0)),
             comparisons=len(pairs),
             alpha=alpha,
             confidence=confidence,

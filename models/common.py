@@ -7,7 +7,9 @@ of the file format. `wiring` is what a class tells the builder about its row in 
 - `repeat`: takes the row's number as third argument instead of being chained that many times;
 - `preserve`: like `conv`, but the declared c2 must equal what arrives (gates).
 
-A class without `wiring` gets its row's arguments as they stand. Most layers get theirs from `ScaledLayer`.
+With `wiring = ()` a class gets its row's arguments as they stand. Most layers get theirs from `ScaledLayer`. A class
+that has no `wiring` is one from elsewhere, pasted at the end of this file: models/pasted.py reads from its constructor
+what it is given, and nothing else has to be edited.
 
 `reads` names the parts that read the layer's input, where all of them are linear and nothing else reads it (`add` set
 means that something does). A constant by which the input is multiplied can then be divided out of those parts' weights.
@@ -15,6 +17,7 @@ means that something does). A constant by which the input is multiplied can then
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +28,26 @@ from torch import Tensor, nn
 
 Pair = int | tuple[int, int]
 Act = bool | nn.Module
+# Names that YOLOv5 keeps in this file, for other people's code.
+FORWARDED = {
+    "AutoShape": "models.predictor",
+    "DetectMultiBackend": "models.backends",
+    "Detections": "models.predictor",
+}
 
 
-def same_padding(kernel: Pair, dilation: int = 1) -> tuple[int, int]:
-    """Padding that keeps H and W at stride 1 for odd kernels."""
-    h, w = (kernel, kernel) if isinstance(kernel, int) else kernel
-    return (dilation * (h - 1) + 1) // 2, (dilation * (w - 1) + 1) // 2
+def __getattr__(name: str) -> Any:
+    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    if name in FORWARDED:
+        return getattr(importlib.import_module(FORWARDED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def autopad(k: Pair, p: Pair | None = None, d: int = 1) -> Pair:
+    """The padding p, or where it is None the one that keeps H and W at stride 1 for odd kernels k with dilation d."""
+    if p is not None:
+        return p
+    return (d * (k - 1) + 1) // 2 if isinstance(k, int) else ((d * (k[0] - 1) + 1) // 2, (d * (k[1] - 1) + 1) // 2)
 
 
 class ScaledLayer(nn.Module):
@@ -51,7 +68,7 @@ class Conv(ScaledLayer):
         self, c1: int, c2: int, k: Pair = 1, s: Pair = 1, p: Pair | None = None, g: int = 1, d: int = 1, act: Act = True
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(c1, c2, k, s, same_padding(k, d) if p is None else p, d, g, bias=False)
+        self.conv = nn.Conv2d(c1, c2, k, s, autopad(k, p, d), d, g, bias=False)
         self.bn: nn.BatchNorm2d | None = nn.BatchNorm2d(c2)
         self.default_act = act is True
         self.act = act if isinstance(act, nn.Module) else nn.SiLU() if act else nn.Identity()
@@ -307,6 +324,8 @@ class GhostBottleneck(ScaledLayer):
 class TransformerLayer(nn.Module):
     """Self-attention and a linear pair, both with residuals and without layer norm; tokens (H*W, B, c)."""
 
+    wiring: tuple[str, ...] = ()
+
     def __init__(self, c: int, num_heads: int) -> None:
         super().__init__()
         self.q = nn.Linear(c, c, bias=False)
@@ -323,6 +342,8 @@ class TransformerLayer(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Transformer layers over all positions of a map, after a learned linear map of each token is added to it."""
+
+    wiring: tuple[str, ...] = ()
 
     def __init__(self, c1: int, c2: int, num_heads: int, num_layers: int) -> None:
         super().__init__()
@@ -402,6 +423,8 @@ class SE(Gate):
 class Contract(nn.Module):
     """Space to depth: (B, c, H, W) to (B, c*g*g, H/g, W/g), output channels ordered (row, column, c)."""
 
+    wiring: tuple[str, ...] = ()
+
     def __init__(self, gain: int = 2) -> None:
         super().__init__()
         self.gain = gain
@@ -423,6 +446,8 @@ class Expand(Contract):
 
 class Concat(nn.Module):
     """Several maps joined along a dimension, 1 = channels."""
+
+    wiring: tuple[str, ...] = ()
 
     def __init__(self, dimension: int = 1) -> None:
         super().__init__()
@@ -462,6 +487,7 @@ class MixConv2d(ScaledLayer):
 class Proto(nn.Module):
     """Mask prototypes (B, c2, 2H, 2W) of the segmentation head."""
 
+    wiring: tuple[str, ...] = ()
     reads = ("cv1",)
 
     def __init__(self, c1: int, c_: int = 256, c2: int = 32) -> None:
@@ -478,6 +504,7 @@ class Proto(nn.Module):
 class Classify(nn.Module):
     """Classification head: logits (B, c2) of a map (B, c1, H, W), or of several maps joined by channels."""
 
+    wiring: tuple[str, ...] = ()
     reads = ("conv",)
 
     def __init__(

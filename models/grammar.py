@@ -119,6 +119,11 @@ def activation(text: str, where: str = "yaml") -> nn.Module:
         raise UserError(f"{where}: activation '{text}' cannot be built: {error}. Write, say, nn.SiLU().") from None
 
 
+def first_line(error: BaseException) -> str:
+    """What torch says, without the places in its C++ code."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def _is_activation(item: object) -> bool:
     attention = nn.MultiheadAttention  # takes three inputs, and any amount of memory
     return isinstance(item, type) and item.__module__ == nn.SiLU.__module__ and item is not attention

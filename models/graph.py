@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from models import attention, common
+from models import pasted
+from models.common import Gate, ScaledLayer
 from models.grammar import LAYER_ERRORS, literal
 from utils.config import UserError, YamlFile, closest, display_path, find_file, read_yaml
 
@@ -92,13 +93,17 @@ class Graph:
 
 @cache
 def layer_classes() -> dict[str, type[nn.Module]]:
-    """Every layer a row may name, except the heads: ours by class name, torch's as `nn.X`."""
-    ours = {
-        name: c
-        for file in (common, attention)
+    """Every layer a row may name, except the heads: those of the layer files by class name, torch's as `nn.X`.
+
+    A pasted class comes before one of ours of the same name, in whichever file each of them is.
+    """
+    found = [
+        (name, c)
+        for file in pasted.FILES
         for name, c in vars(file).items()
-        if _is_layer(c) and c.__module__ == file.__name__ and c not in (common.ScaledLayer, common.Gate)
-    }
+        if _is_layer(c) and c.__module__.split(".")[0] != "torch" and c not in (ScaledLayer, Gate)
+    ]
+    ours = dict(sorted(found, key=lambda item: pasted.is_pasted(item[1])))  # of two, the later one stays
     torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c) and not name.startswith(LAZY)}
     return {**ours, **{name: c for name, c in torchs.items() if c.__module__.split(".")[-1] not in NOT_OF_MAPS}}
 
@@ -108,13 +113,45 @@ def _is_layer(item: object) -> bool:
 
 
 def wiring(module: str) -> tuple[str, ...]:
-    """What the class of this name declares about its row (models/common.py); transposed convolution counts as ours."""
+    """What the class of this name declares about its row (models/common.py); transposed convolution counts as ours.
+
+    A pasted class is wired as `conv`, and `repeat` where it takes an n. () where its constructor does not tell.
+    """
+    if is_pasted(module):
+        first = pasted.leading(layer_classes()[module])
+        return () if first is None else ("conv", "repeat") if "n" in first else ("conv",)
     return ("conv",) if module == "nn.ConvTranspose2d" else getattr(layer_classes().get(module), "wiring", ())
+
+
+def is_pasted(module: str) -> bool:
+    """Whether the class of this name is one from elsewhere (models/pasted.py)."""
+    return module in layer_classes() and pasted.is_pasted(layer_classes()[module])
+
+
+def leading(module: str) -> tuple[str, ...]:
+    """What the builder gives the class of this name before its row's arguments: of c1, c2 and n."""
+    if is_pasted(module):
+        return pasted.leading(layer_classes()[module]) or ()
+    kind = wiring(module)
+    return () if not kind else ("c1", "c2", "n") if "repeat" in kind else ("c1", "c2")
+
+
+def filled(row: Row) -> list[int]:
+    """The values of `leading` for a row."""
+    values = {"c1": row.inputs[0], "c2": row.channels, "n": row.repeats}
+    return [values[name] for name in leading(row.module)]
+
+
+def free_parameters(module: str) -> list[inspect.Parameter]:
+    """The parameters of a class that its row's arguments (after the channels, where it has them) are given to."""
+    return list(inspect.signature(layer_classes()[module]).parameters.values())[len(leading(module)) :]
 
 
 def gates() -> list[str]:
     """Names of the layers that keep what they are given in channels and size, and so can be inserted anywhere."""
-    return sorted(name for name in layer_classes() if wiring(name) == ("preserve",))
+    ours = [name for name in layer_classes() if wiring(name) == ("preserve",)]
+    others = [name for name, c in layer_classes().items() if is_pasted(name) and pasted.keeps_shape(c)]
+    return sorted([*ours, *others])
 
 
 def listed(raw_from: Any) -> list[Any]:
@@ -255,7 +292,8 @@ class _Reader:
         raw_from, number, module, args = raw
         if not isinstance(module, str) or (module not in HEADS and module not in layer_classes()):
             choices = [*layer_classes(), *HEADS]
-            raise UserError(f"{place}: layer {index} names an unknown module {module!r}.{closest(module, choices)}")
+            guess = closest(module, choices) or " A class of your own goes to the end of models/common.py."
+            raise UserError(f"{place}: layer {index} names an unknown module {module!r}.{guess}")
         where = f"{place}: layer {index} {module}"
         if not _is_count(number) or not number <= MAX_REPEATS:
             raise UserError(f"{where}: its number must be a whole number from 1, found {number!r}.")
@@ -282,6 +320,8 @@ class _Reader:
             if repeats > 1:
                 raise UserError(f"{where}: a head stands once: write 1 for its number, found {number!r}.")
             return self._head(row)
+        if is_pasted(module):
+            return self._pasted(row)
         try:
             row = replace(row, channels=self._channels(row))
             if not 1 <= row.channels <= MAX_CHANNELS:
@@ -338,6 +378,46 @@ class _Reader:
             masks, args[3] = args[2], scaled_channels(args[3], self.width, self.multiple)
         return replace(row, args=args, channels=na * (args[0] + 5 + masks))
 
+    def _pasted(self, row: Row) -> Row:
+        """The row of a pasted class, with its channels as declared, and its stride from running it on a small map.
+
+        Raises:
+            UserError: its constructor does not tell what it takes, it cannot be built or run, or what comes out has
+                other channels than the row declares.
+        """
+        layer, received = layer_classes()[row.module], row.inputs[0]
+        found = pasted.signature(layer)
+        if pasted.leading(layer) is None:
+            raise UserError(
+                f"{row.where}: {found} does not tell which parameter is its channels. Name the first ones"
+                f" {layer.__name__}(c1, c2, ...), channels in and out, or {layer.__name__}(channels, ...)."
+            )
+        declared = self._scaled(row, ("conv",)) if row.args or "c2" in leading(row.module) else received
+        row = replace(row, channels=declared)
+        options_of(row)  # not more than it takes
+        above = self.rows[row.sources[0]].stride if row.sources[0] >= 0 else 1.0
+        if any(getattr(file, row.module, layer) is not layer for file in pasted.FILES):
+            self.warnings.append(f"{row.where}: is {layer.__module__}.{layer.__name__}; ours of this name is not used.")
+        size = 16 if above is None else max(1, min(64, round(256 / above)))
+        shape = pasted.output_shape(layer, [*filled(row), *row.args[1:]], (1, received, size, size), row.where)
+        if shape is None:
+            return row
+        if shape[1] != declared:
+            fits = round(shape[1] / self.width)
+            rest = "".join(f", {value}" for value in row.args[1:])
+            usable = scaled_channels(fits, self.width, self.multiple) == shape[1]
+            how = f"{row.args[0]} x width {self.width:.2f}" if row.args else "as many as it receives"
+            fix = f"Write [{fits}{rest}]: the first number is its channels, and the arguments of {found} follow."
+            raise UserError(
+                f"{row.where} declares {declared} channels ({how}) but gives {shape[1]}."
+                f" {fix if usable else 'Move the row.'}"
+            )
+        factors = {size / edge if size % edge == 0 or edge % size == 0 else None for edge in shape[2:]}
+        factor = factors.pop() if len(factors) == 1 else None
+        if above is None or factor is None:
+            return row
+        return replace(row, stride=self._bounded(row, above * factor ** min(row.repeats, MAX_STRIDE.bit_length())))
+
     def _channels(self, row: Row) -> int:
         """Channels of the output."""
         kind, first = wiring(row.module), row.inputs[0]
@@ -356,10 +436,11 @@ class _Reader:
                 raise UserError(f"{row.where}: takes {options[name]} channels but receives {sum(row.inputs)}.")
         return int(options.get("c2", options.get("out_channels", first)))
 
-    def _declared_channels(self, row: Row, kind: tuple[str, ...]) -> int:
+    def _scaled(self, row: Row, kind: tuple[str, ...]) -> int:
+        """The row's first argument times the width, but for the channels of raw predictions."""
         if not row.args or not _is_count(row.args[0]):
             raise UserError(f"{row.where}: its first argument must be its channels, found {row.args!r}.")
-        declared, received = row.args[0], row.inputs[0]
+        declared = row.args[0]
         scaled = scaled_channels(declared, self.width, self.multiple)
         if "conv" in kind and declared == self.names.get("no"):
             scaled = declared  # the files' way to end in raw predictions
@@ -367,8 +448,13 @@ class _Reader:
                 self.warnings.append(f"{row.where}: its {declared} channels equal na * (nc + 5) and are not scaled.")
         if not 1 <= scaled <= MAX_CHANNELS:
             raise UserError(f"{row.where}: {scaled} channels are more than {MAX_CHANNELS}.")
+        return scaled
+
+    def _declared_channels(self, row: Row, kind: tuple[str, ...]) -> int:
+        scaled = self._scaled(row, kind)
         if "preserve" not in kind:
             return scaled
+        declared, received = row.args[0], row.inputs[0]
         if scaled != received:
             fits = round(received / self.width)
             rest = "".join(f", {value}" for value in row.args[1:])
@@ -402,7 +488,9 @@ class _Reader:
         factor = _downscale(row.module, options)
         if strides[0] is None or factor is None:
             return None
-        stride = strides[0] * factor
+        return self._bounded(row, strides[0] * factor)
+
+    def _bounded(self, row: Row, stride: float) -> float:
         if not 1 / MAX_STRIDE <= stride <= MAX_STRIDE:
             raise UserError(f"{row.where}: would have stride {stride:g}, expected at most {MAX_STRIDE}.")
         return stride
@@ -415,11 +503,8 @@ def options_of(row: Row) -> dict[str, Any]:
     Raises:
         UserError: more arguments than the layer takes.
     """
-    kind = wiring(row.module)
-    parameters = list(inspect.signature(layer_classes()[row.module]).parameters.values())
-    values = row.args[1:] if kind else row.args
-    if kind:
-        parameters = parameters[3 if "repeat" in kind else 2 :]
+    parameters = free_parameters(row.module)
+    values = row.args[1:] if wiring(row.module) else row.args
     if len(values) > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         names = ", ".join(p.name for p in parameters) or "nothing more"
         raise UserError(f"{row.where}: too many arguments {row.args!r}; it takes {names}.")

@@ -28,7 +28,7 @@ from utils.drawing import Annotator, color, drawable_names, save_crop, write_ima
 from utils.files import make_new_dir
 from utils.images import ImageError, read_image
 from utils.inference import DetectOptions, Detector, fit, restore, round_up, speed_line
-from utils.runtime import LOGGER
+from utils.runtime import LOGGER, counted
 from utils.sources import open_source
 
 CHANNELS_FIRST = 5  # an array whose first side is shorter than this is (channels, H, W)
@@ -347,7 +347,7 @@ class Detections:
     def __str__(self) -> str:
         lines = []
         for number, (image, rows) in enumerate(zip(self.ims, self.pred), 1):
-            said = counted(rows[:, 5], self.names) or "(no detections)"
+            said = counted(self.names, rows[:, 5])
             lines.append(f"image {number}/{self.n}: {image.shape[0]}x{image.shape[1]} {said}")
         return "\n".join([*lines, speed_line(self.t, self.s or ())])  # type: ignore[arg-type]
 
@@ -361,12 +361,6 @@ class Detections:
         for *box, confidence, index in reversed(self.pred[number].tolist()):
             annotator.box(box, f"{names[int(index)]} {confidence:.2f}" if labels else "", color(int(index)))
         return annotator.image[..., ::-1]
-
-
-def counted(class_indices: Tensor, names: Mapping[int, str]) -> str:
-    """`2 persons, 1 tie`: how many of each class, in the order of their numbers."""
-    values, counts = class_indices.int().unique(return_counts=True)
-    return ", ".join(f"{n} {names[index]}{'s' * (n > 1)}" for index, n in zip(values.tolist(), counts.tolist()))
 
 
 def _folder(save_dir: str | Path, exist_ok: bool) -> Path:

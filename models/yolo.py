@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,24 @@ if __name__ == "__main__":  # before torch is imported: --help should not wait f
     parser.add_argument("--test", action="store_true", help="build every models/**/yolo*.yaml")
     arguments = parser.parse_args()
 
-    import models.yolo  # this file again under its own name, so that layers are called models.yolo.X
+    def main() -> None:
+        """This file again under its own name, so that layers are called models.yolo.X."""
+        import models.yolo
 
-    run_script(lambda: models.yolo.run(arguments))
+        models.yolo.run(arguments)
+
+    run_script(main)
     raise SystemExit(0)
 
 import torch
 from torch import Tensor, nn
 
-from models import grammar
+from models import grammar, pasted
 from models import graph as graphs
 from models.augment import augmented
 from models.base import BaseModel, Output, SegmentOutput, Visualize
-from models.common import SE, Classify, Proto, set_activation
-from models.grammar import LAYER_ERRORS
+from models.common import Classify, Proto, set_activation
+from models.grammar import LAYER_ERRORS, first_line
 from models.graph import Graph, Row
 from models.measure import Size, profile_training
 from utils.config import ROOT, UserError, display_path
@@ -206,6 +211,9 @@ def parse_model(
     `verbose` logs a row per layer. With a `seed` the k-th C3, say, draws its weights from (seed, "C3:k"): rows of other
     modules before it do not change them, and torch's own generator is left as it was. Raises UserError for a row that
     cannot be built, naming its line.
+
+    There is no list of classes and no `elif m is MyAttention` here: a class pasted at the end of models/common.py or
+    models/attention.py needs a row in the YAML and no edit of this file. See `models.pasted.leading`.
     """
     graph = d if isinstance(d, Graph) else graphs.read(d, ch=ch[0])
     act = graph.yaml.get("activation")
@@ -217,15 +225,22 @@ def parse_model(
     count: Counter[str] = Counter()
     for row in graph.rows:
         m = classes[row.module]
+        make = partial(pasted.build, m) if graphs.is_pasted(row.module) else m
         count[row.module] += 1
-        args = _arguments(m, row, graph)
+        try:
+            args = _arguments(m, row, graph)
+        except NameError as error:  # a branch of a tutorial, whose class this file does not import
+            fix = "Remove the branch that was added for it: a class in models/common.py needs none"
+            raise UserError(f"models/yolo.py: '{error.name}' is not defined. {fix}.") from None
         chained = row.repeats if "repeat" not in graphs.wiring(row.module) else 1
         try:
             with _drawing_from(seed, f"{row.module}:{count[row.module]}"):
-                layer: Any = nn.Sequential(*(m(*args) for _ in range(chained))) if chained > 1 else m(*args)
+                layer: Any = nn.Sequential(*(make(*args) for _ in range(chained))) if chained > 1 else make(*args)
         except LAYER_ERRORS as error:
-            raise UserError(f"{row.where}: cannot be built from {row.args!r}: {_first_line(error)}.") from None
+            raise UserError(f"{row.where}: cannot be built from {row.args!r}: {first_line(error)}.") from None
         set_activation(layer, activation)  # one object for all, as in the official files
+        if graphs.is_pasted(row.module):
+            layer.register_forward_pre_hook(pasted.contiguous)
         layer.i, layer.f, layer.type = row.index, row.raw_from, f"{m.__module__}.{m.__name__}"
         layer.np = Size.of(layer).parameters
         if verbose:
@@ -252,25 +267,18 @@ def _drawing_from(seed: int | None, name: str) -> Iterator[None]:
 
 
 def _arguments(m: type[nn.Module], row: Row, graph: Graph) -> list[Any]:
-    """What the constructor gets: the row's arguments, after what its class leaves for the builder to fill in."""
-    wiring = graphs.wiring(row.module)
-    c1, c2, args = row.inputs[0], row.channels, list(row.args)
-    if "repeat" in wiring:
-        args[:1] = [c1, c2, row.repeats]
-    elif m is SE:  # noqa: SIM114  [channels, reduction]; the graph made sure that c1 == c2
-        args[:1] = [c1, c2]
-    elif "conv" in wiring or "preserve" in wiring:
-        args[:1] = [c1, c2]
+    """What the constructor gets: the row's arguments, after what its class leaves for the builder to fill in.
+
+    This is where tutorials add a branch for a new class. None is needed: `graphs.filled` knows what it is given.
+    """
+    args = list(row.args)
+    if graphs.wiring(row.module):
+        args[:1] = graphs.filled(row)
     elif m is nn.BatchNorm2d:
-        args = [c1]
+        args = [row.inputs[0]]
     elif m in (Detect, Segment):
         args += [list(row.inputs), bool(graph.yaml.get("inplace", True))]
     return args
-
-
-def _first_line(error: BaseException) -> str:
-    """What torch says, without the places in its C++ code."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class DetectionModel(BaseModel):
@@ -336,7 +344,9 @@ class DetectionModel(BaseModel):
 
         In training mode that pass would move every batch norm's running statistics by one blank image.
         """
-        size = max(128, 2 * max(int(row.stride or 64) for row in self.graph.rows))
+        rows = self.graph.rows
+        usual = 256 if any(graphs.is_pasted(row.module) for row in rows) else 128  # what their authors could rely on
+        size = max(usual, 2 * max(int(row.stride or 64) for row in rows))
         self.eval()
         self.head.train()
         network = self if self._is_small_at(size) else copy.deepcopy(self).to("meta")
@@ -350,7 +360,7 @@ class DetectionModel(BaseModel):
                 raise ValueError(f"its maps have {[tuple(level.shape[2:4]) for level in levels]} cells")
         except LAYER_ERRORS as error:
             row = self.graph.rows[len(done)]
-            raise UserError(f"{row.where}: cannot take what it reads: {_first_line(error)}.") from None
+            raise UserError(f"{row.where}: cannot take what it reads: {first_line(error)}.") from None
         self.train()
         return strides
 

@@ -368,3 +368,15 @@ def test_a_broken_arm_is_found_before_anything_is_trained(own_tiny_dataset: Tiny
     with pytest.raises(UserError, match=r"arm 'yolov5n.SE@after:SPFF': .*SPFF.*Did you mean"):
         ablate.ablate(own, recipe)
     assert not list((tmp_path / "runs").rglob("cell.json"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "percent", "said"),
+    [
+        ("343/351", 93.808, "1,880,349 parameters, 93.8 % of them from the checkpoint (343/351 tensors)"),
+        ("0", 0.0, "1,880,349 parameters, none of them from a checkpoint"),
+    ],
+)
+def test_what_an_arm_starts_with_is_said_in_words(tensors: str, percent: float, said: str) -> None:
+    tried = {"fingerprint": "ab12", "parameters": 1880349, "tensors": tensors, "percent": percent}
+    assert ablate._in_words(tried) == said

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +133,16 @@ def test_an_unknown_flag_gets_a_suggestion_and_exit_code_2(capsys: pytest.Captur
     assert "--imgzs" in error
     assert "Did you mean '--imgsz'?" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["models/transfer.py", "models/insert.py", "models/yolo.py", "train.py"])
+def test_the_help_line_names_the_script_as_it_was_called(script: str, tmp_path: Path) -> None:
+    for folder in (ROOT, tmp_path):
+        typed = os.path.relpath(ROOT / script, folder)
+        words = [sys.executable, typed, "--weigths", "a.pt"]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2 and done.stderr.endswith(f" See `python {typed} --help`.\n"), done.stderr
+        assert re.search(r"[.?] See `python", done.stderr) and done.stderr.count("\n") == 1
 
 
 def test_an_unknown_keyword_is_an_error_as_an_unknown_flag_is() -> None:

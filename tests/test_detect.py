@@ -311,7 +311,7 @@ def test_a_file_above_max_megapixels_is_skipped_and_a_higher_bound_reads_it(
         ({"imgsz": [64, 64, 64]}, "--imgsz"),
         ({"imgsz": 0}, "--imgsz"),
         ({"imgsz": [64, 100_000_000]}, "--imgsz 100000000: expected at most 16384"),
-        ({"line_thickness": 100_000}, "--line-thickness 100000: expected at most 1000"),
+        ({"line_thickness": 100_000}, "--line-thickness 100000: expected 1 to 1000"),
         ({"max_megapixels": 0}, "--max-megapixels 0: expected 1 or more"),
         ({"source": "a" * 300}, "no such file"),
         ({"source": "http://[::1"}, "not an address"),

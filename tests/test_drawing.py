@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from utils import drawing
-from utils.drawing import PALETTE, Annotator, color, drawable_names, feature_maps, plot_batch, save_crop, write_image
+from utils.drawing import (
+    PALETTE,
+    Annotator,
+    color,
+    drawable_names,
+    feature_maps,
+    place_labels,
+    plot_batch,
+    save_crop,
+    write_image,
+)
 
 
 def lab(class_index: int) -> np.ndarray:
@@ -51,6 +61,86 @@ def test_a_label_never_leaves_the_image_at_the_right() -> None:
     annotator = Annotator(np.zeros((100, 160, 3), np.uint8), line_width=2)
     annotator.box((150, 60, 158, 90), "giraffe", (0, 0, 255))
     assert annotator.image[50, 90:158, 2].mean() > 100, "the label moved to the left of the box"
+
+
+def shared(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Pixels that two xyxy rectangles share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
+
+
+def placed(boxes: list[tuple[int, ...]], size_wh: tuple[int, int] = (60, 14), side: int = 200) -> list[tuple[int, ...]]:
+    """The rectangle of a label of `size_wh` at each box, the first box choosing first."""
+    corners = place_labels(boxes, list(range(len(boxes))), [size_wh] * len(boxes), (side, side))
+    return [(x, y, x + size_wh[0], y + size_wh[1]) for x, y in corners]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [(40, 60, 120, 120), (44, 62, 118, 118)],
+        [(20, 40, 60, 90), (50, 40, 100, 90), (80, 40, 140, 90)],
+        [(0, 0, 20, 20), (22, 0, 60, 40)],
+        [(180, 180, 199, 199), (150, 180, 170, 199), (140, 150, 160, 170)],
+        [(90, 90, 110, 110)] * 4,
+    ],
+    ids=["one object twice", "in a row", "upper left corner", "lower right corner", "four at one place"],
+)
+def test_labels_cover_neither_each_other_nor_leave_the_image(boxes: list[tuple[int, ...]]) -> None:
+    labels = placed(boxes)
+    assert all(shared(a, b) == 0 for i, a in enumerate(labels) for b in labels[:i])
+    assert all(shared(label, (0, 0, 200, 200)) == 60 * 14 for label in labels)
+
+
+def test_a_label_makes_way_for_a_small_object_but_may_lie_on_a_large_one() -> None:
+    small = (50, 88, 62, 98)
+    assert placed([(40, 100, 120, 150)])[0][3] == 100, "above, where nothing is"
+    moved = placed([(40, 100, 120, 150), small])[0]
+    assert shared(moved, small) == 0
+    on_large = placed([(40, 100, 120, 150), (0, 0, 199, 199)])[0]
+    assert on_large[:2] == placed([(40, 100, 120, 150)])[0][:2]
+
+
+def test_the_box_drawn_last_has_the_first_choice_and_its_label_is_on_top() -> None:
+    boxes = [(60, 80, 120, 140), (62, 82, 118, 138)]
+    pictures = []
+    for order in (boxes, boxes[::-1]):
+        annotator = Annotator(np.zeros((200, 200, 3), np.uint8))
+        for box in order:
+            annotator.box(box, "dog 0.90", color(boxes.index(box)))
+        pictures.append(annotator.image)
+    for picture, last in zip(pictures, (1, 0)):
+        above = picture[boxes[last][1] - 12 : boxes[last][1] - 4, 64:110].reshape(-1, 3)
+        assert (above == color(last)).all(1).mean() > 0.3, "the background of its letters"
+
+
+def test_a_label_stays_where_it_is_once_the_picture_was_read() -> None:
+    annotator = Annotator(np.zeros((200, 200, 3), np.uint8))
+    annotator.box((40, 60, 120, 120), "dog", (0, 0, 255))
+    first = annotator.image.copy()
+    assert (annotator.image == first).all()
+    annotator.box((40, 60, 120, 120), "cat", (0, 255, 0))
+    assert (annotator.image[48:58, 40:60] == first[48:58, 40:60]).all(), "the second label keeps clear of the first"
+
+
+def test_placing_300_labels_is_deterministic_and_leaves_few_hidden() -> None:
+    rng = np.random.default_rng(0)
+    corner, size = rng.uniform(0, 1800, (300, 2)), rng.uniform(10, 150, (300, 2))
+    boxes = np.concatenate((corner, corner + size), 1).astype(int).tolist()
+    labels = placed(boxes, side=2000)
+    assert labels == placed(boxes, side=2000)
+    hidden = sum(any(shared(a, b) > 0 for b in labels[:i]) for i, a in enumerate(labels))
+    above = [(x, y - 14, x + 60, y) for x, y, *_ in boxes]
+    before = sum(any(shared(a, b) > 0 for b in above[:i]) for i, a in enumerate(above))
+    assert hidden < before / 4
+
+
+@pytest.mark.parametrize(("side", "width"), [(64, 1), (320, 2), (640, 2), (1280, 4), (4000, 12)])
+def test_lines_and_letters_grow_with_the_image(side: int, width: int) -> None:
+    annotator, larger = (Annotator(np.zeros((s, s, 3), np.uint8)) for s in (side, 2 * side))
+    assert annotator.line_width == width
+    assert 0.4 <= annotator.font_scale <= larger.font_scale <= 2
+    assert Annotator(np.zeros((side, side, 3), np.uint8), line_width=7).line_width == 7
 
 
 def test_letters_are_dark_on_light_colours() -> None:

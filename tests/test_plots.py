@@ -81,6 +81,20 @@ def test_label_charts(tmp_path: Path) -> None:
     assert size(tmp_path / "labels_correlogram.jpg") == (1500, 1500)
 
 
+def test_objects_high_up_are_high_up_in_both_label_charts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.column_stack((np.zeros(500), rng.random(500), rng.uniform(0.0, 0.3, 500), rng.random((500, 2))))
+    plot_labels(labels, {0: "a"}, tmp_path)
+    panels = {  # rows and columns of the panel of centres, in pixels
+        "labels.jpg": (slice(810, 1410), slice(110, 700)),
+        "labels_correlogram.jpg": (slice(395, 680), slice(120, 370)),
+    }
+    for name, (rows, columns) in panels.items():
+        ink = (cv2.imread(str(tmp_path / name))[rows, columns] < 200).any(2)
+        upper, lower = np.split(ink[: len(ink) // 2 * 2], 2)
+        assert upper.mean() > 0.1 > 10 * lower.mean(), name
+
+
 @pytest.mark.slow
 def test_label_charts_of_no_labels(tmp_path: Path) -> None:
     plot_labels(np.zeros((0, 5)), {0: "a"}, tmp_path)

@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.data import Boxes
-from experiments.page import Table, markdown, page, ticks
+from experiments.page import DifferenceRow, Table, curve_panel, difference_plot, markdown, page, ticks
 from experiments.report import load, write
 from utils.config import UserError
 
 pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
 
-SMALL, MEDIUM, LARGE = (10, 10, 30, 30), (50, 50, 110, 110), (120, 20, 320, 220)  # 400, 3600 and 40,000 pixels
+SMALL, LARGE = (10, 10, 30, 30), (120, 20, 320, 220)  # 400 and 40,000 pixels
 NASTY = '<b>&"|`x`</b>'
 ENVIRONMENT = {"commit": "0123abc", "machine": "two cores & <no> GPU"}
 HEADER = "               epoch,     metrics/mAP_0.5"
@@ -46,7 +45,7 @@ class Balanced(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in {"meta", "img"}:
+        if tag not in {"meta", "img", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -152,6 +151,7 @@ def test_mixed_signs_with_seeds_enough_are_no_difference_found(tmp_path: Path) -
 
 def test_all_three_files_agree_on_every_seed(tmp_path: Path) -> None:
     text, rows, web = report(ablation_in(tmp_path, SIX))
+    web = re.sub(r' data-label="[^"]*"', "", web)
     cells = re.findall(r'<tr><th scope="row">(\w+)</th><td>(\d)</td>((?:<td>[\d.]+</td>){5})</tr>', web)
     of_web = sorted((arm, seed, *re.findall(r"<td>([\d.]+)</td>", rest)[:4]) for arm, seed, rest in cells)
     of_csv = sorted(
@@ -198,47 +198,84 @@ def test_numbers_of_training_images_are_announced_as_memory(tmp_path: Path, val:
     assert ("none of which is trained on" in text) != remembered
 
 
-def sizes(detections: list[tuple[float, ...]], truth: list[tuple[float, ...]]) -> list[float]:
-    arrays = boxes(detections, truth)
-    return Boxes(
-        paths=arrays["paths"].tolist(),
-        detections=arrays["detections"],
-        image=arrays["detection_image"],
-        truth=arrays["truth"],
-        truth_image=arrays["truth_image"],
-    ).per_size()
+def test_sizes_are_compared_with_all_objects_by_the_same_rule(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, {"plain": {0: 0.3}, "se": {}})
+    missed = boxes([(*SMALL, 0.9, 0)], [(0, *SMALL), (1, *LARGE)])
+    write_cell(folder, "plain", 0, 0.3, PERFECT)
+    write_cell(folder, "se", 0, 0.3, missed)
+    text, *_ = report(folder)
+    header = "| arm | all (2 labels) | small, below 32² px (1 label) | medium, 32² to 96² px (0 labels) | large, "
+    assert header in text
+    assert ["plain", "1.000", "1.000", "-", "1.000"] in md_rows(text, "plain")
+    assert ["se", "-0.500", "+0.000", "-", "-1.000"] in md_rows(text, "se")
 
 
-FULL = 0.995  # YOLOv5's mAP of perfect detections: its last of 101 points is always 0
+# ---------------------------------------------------------------------------------------------------- nothing was found
 
 
-def test_perfect_small_and_missed_large_objects_are_told_apart() -> None:
-    small, medium, large = sizes([(*SMALL, 0.9, 0)], [(0, *SMALL), (0, *LARGE)])
-    assert small == pytest.approx(FULL) and large == 0 and math.isnan(medium)
+def without_scores(folder: Path, scores: dict[str, dict[int, float]]) -> Path:
+    """An ablation of one epoch in which every score of each cell is that of `scores`, and nothing was detected."""
+    ablation_in(folder, scores)
+    for arm, by_seed in scores.items():
+        for seed, score in by_seed.items():
+            place = write_cell(folder, arm, seed, score, boxes([], [(0, *SMALL), (1, *LARGE)]))
+            cell = json.loads((place / "cell.json").read_text(encoding="utf-8"))
+            cell |= {**dict.fromkeys(("precision", "recall", "mAP50", "mAP50-95"), score), "per_class": {"cat": score}}
+            cell["per_class"]["dog"] = score
+            (place / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+            (place / "results.csv").write_text(f"{HEADER}\n0, {score}\n", encoding="utf-8")
+    return folder
 
 
-def test_found_objects_of_another_size_are_no_false_alarms() -> None:
-    detections = [(*LARGE, 0.99, 0), (*MEDIUM, 0.95, 0), (*SMALL, 0.5, 0)]
-    assert sizes(detections, [(0, *SMALL), (0, *MEDIUM), (0, *LARGE)]) == pytest.approx([FULL] * 3)
+def test_a_report_of_nothing_compares_nothing(tmp_path: Path) -> None:
+    """Two arms that found nothing, one by a hair less."""
+    folder = without_scores(tmp_path, {"plain": {0: 0.0, 1: 0.0}, "se": {0: 0.0002, 1: 0.0004}})
+    text, rows, web = report(folder)
+    assert len(rows) == 4 and float(rows[-1]["mAP50"]) == 0.0004
+    for shown in (text, web):
+        assert "No arm found anything" in shown
+        for claim in ("higher in", "Holm", "interval", "By class", "Differences within each seed", "nan"):
+            assert claim not in shown, claim
+    assert md_rows(text, "se")[0] == ["se", "2", *["0.000 ± 0.000"] * 4]
 
 
-def test_a_false_alarm_counts_for_its_own_size_only() -> None:
-    alarm = (400, 400, 410, 410)
-    small, medium, _ = sizes([(*alarm, 0.99, 0), (*SMALL, 0.5, 0), (*MEDIUM, 0.4, 0)], [(0, *SMALL), (0, *MEDIUM)])
-    assert medium == pytest.approx(FULL)
-    assert small == pytest.approx(FULL / 2)  # one hit after one false alarm: precision 1/2 at every recall but 1
+def test_one_arm_that_found_something_is_compared(tmp_path: Path) -> None:
+    text, *_ = report(without_scores(tmp_path, {"plain": {0: 0.0, 1: 0.0}, "se": {0: 0.0, 1: 0.1}}))
+    assert "No arm found anything" not in text and "higher in 1 of 2 paired seeds" in text
 
 
-def test_a_detection_matched_to_a_label_of_another_size_belongs_to_that_label() -> None:
-    label, found = (0, 0, 33, 33), (0, 0, 31, 31)  # 1089 and 961 pixels, IoU 0.88: medium label, small detection
-    small, medium, _ = sizes([(*found, 0.9, 0), (*SMALL, 0.5, 1)], [(0, *label), (1, *SMALL)])
-    assert medium == pytest.approx(FULL * 0.8)  # right at the eight thresholds up to 0.85
-    assert small == pytest.approx(FULL)  # its false alarms, at 0.9 and 0.95, are of a class without small labels
+def test_a_single_epoch_is_a_point_on_an_axis_of_one_epoch() -> None:
+    one = curve_panel("one", [np.array([0.2]), np.array([0.4])], [np.array([0.1])], (1, 0.4))
+    assert re.findall('text-anchor="middle">([^<]+)<', one) == ["1", "epoch"]
+    assert 'class="point"' in one and 'class="span"' in one and '<line class="base"' in one
+    assert "polyline" not in one and "polygon" not in one
+    two = curve_panel("two", [np.array([0.2, 0.3])], [], (2, 0.3))
+    assert "polyline" in two and 'class="point"' not in two
 
 
-def test_boxes_of_exactly_32_squared_are_medium_and_of_96_squared_large() -> None:
-    small, medium, large = sizes([], [(0, 0, 0, 32, 32), (0, 0, 0, 96, 96)])
-    assert math.isnan(small) and (medium, large) == (0, 0)
+def test_no_line_crosses_the_name_of_an_arm() -> None:
+    rows = [DifferenceRow(f"arm {i}", {0: 0.0, 1: 0.1 * i}, 0.05 * i, (0.0, 0.1 * i)) for i in range(3)]
+    svg = difference_plot("difference", rows)
+    names = [float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)"', svg)]
+    lines = re.findall(r'class="(?:axis|zero)" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', svg)
+    assert len(names) == 3 and len(lines) >= 6
+    for y in names:
+        assert not any(float(low) < y + 4 and float(high) > y - 12 for low, high in lines)
+
+
+def test_differences_too_small_to_be_shown_stay_at_the_zero_line() -> None:
+    svg = difference_plot("difference", [DifferenceRow("se", {0: 0.00001, 1: 0.00002}, 0.000015, (math.nan, math.nan))])
+    zero = float(re.findall(r'class="zero" x1="([\d.]+)"', svg)[0])
+    assert all(abs(float(x) - zero) < 5 for x in re.findall(r'class="dot" cx="([\d.]+)"', svg))
+
+
+def test_a_table_too_wide_for_a_phone_names_its_columns_in_every_cell() -> None:
+    wide = Table("wide", ["arm", "seeds", 'a "long" name', "another one"], [["plain", "6", "0.625 ± 0.019", "x" * 20]])
+    narrow = Table("narrow", ["arm", "seeds"], [["plain", "6"]])
+    text = page("title", [wide, narrow])
+    Balanced(text)
+    assert text.count('<table class="stack">') == 1 == text.count("<table>")
+    assert re.findall(r'data-label="([^"]*)"', text) == ["seeds", "a &quot;long&quot; name", "another one"]
 
 
 def test_seeds_that_were_added_later_are_told_of(tmp_path: Path) -> None:

@@ -410,7 +410,16 @@ def test_sentence_of_equal_arms_and_of_no_seeds() -> None:
 
 def test_sentence_mentions_missing_seeds_and_hides_no_sign_in_rounding() -> None:
     values = {"plain": {0: 0.5, 1: 0.5, 2: 0.5}, "se": {0: 0.4999, 1: 0.4998}}
-    text = only(values).sentence("mAP50")
-    assert "mAP50 +0.000 (95 % interval 0.000 to 0.000)" in text
+    text = only(values).sentence("mAP50", digits=5)
+    assert "mAP50 -0.00015 (95 % interval -0.00020 to -0.00010)" in text
     assert "higher in 0 of 2 paired seeds (1 seed missing); no significance" in text
-    assert "mAP50 -0.00015 " in only(values).sentence("mAP50", digits=5)
+    only_half = {"plain": {0: 0.5, 1: 0.5}, "se": {0: 0.5004, 1: 0.4995}}
+    assert "mAP50 +0.000 (95 % interval" in only(only_half).sentence("mAP50"), "not -0.000"
+
+
+def test_a_sentence_says_nothing_is_higher_where_no_digit_would_show_it() -> None:
+    values = {"plain": {0: 0.0, 1: 0.0}, "se": {0: 0.0002, 1: 0.00049}}
+    text = only(values).sentence("mAP50")
+    assert text.startswith("se: mAP50 within 0.0005 of the baseline's in 2 of 2 paired seeds; no significance")
+    assert "higher" not in text
+    assert "higher in 2 of 2" in only({**values, "se": {0: 0.0002, 1: 0.0005}}).sentence("mAP50")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def test_the_notebook_has_ten_cells_and_no_outputs() -> None:
     for cell in code_cells(notebook):
         assert cell.outputs == [] and cell.execution_count is None
         ast.parse(cell.source)
+
+
+def test_the_gates_its_last_words_insert_can_be_inserted() -> None:
+    from models.gates.insert import insert, parse
+
+    end = nbformat.read(NOTEBOOK, as_version=4).cells[-1].source
+    specs = ast.literal_eval(re.findall(r"insert=(\[.*?\])", end)[0])
+    for size in "ns":
+        text = insert(f"yolov5{size}.yaml", [parse(spec) for spec in specs])
+        assert text.count("1, CBAM, [") == 3 and text.count("1, ECA, [") == 1
+    assert "models/insert.py --cfg yolov5n.yaml --list-places" in end
 
 
 @pytest.mark.slow

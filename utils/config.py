@@ -408,7 +408,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return matches[:1] if same else matches
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {one_line(message)} See `{self.command} --help`.", file=sys.stderr)
+        sentence = message if message.endswith((".", "?", "!")) else f"{message}."
+        print(f"error: {one_line(sentence)} See `{self.command} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
 

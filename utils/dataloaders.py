@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import itertools
 import math
 import signal
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils import augmentations as aug
-from utils.augmentations import Example, Image, letterbox
+from utils.augmentations import Example, Image, letterboxed
 from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
 from utils.config import UserError, display_path, owned
 from utils.data import DatasetSpec
@@ -237,7 +238,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         options = self.options
         size_hw = self.batch_shapes[index // self.batch_size] if options.rect else (options.imgsz, options.imgsz)
         index, image = self._image(index)
-        padded, fitted = letterbox(image, size_hw, scaleup=scaleup)
+        padded, fitted = letterboxed(image, size_hw, scaleup=scaleup)
         height, width = image.shape[:2]
         example = self._labelled(index, padded, width * fitted.scale, height * fitted.scale, fitted.pad_xy)
         original_h, original_w = self.shapes_hw[index].tolist()
@@ -492,3 +493,30 @@ def build_validation_loader(spec: DatasetSpec, task: str, **options: Any) -> Loa
     """
     how = LoaderOptions(**{"rect": True, "pad": 0.5, "prefix": f"{task}: ", **options})
     return build_loader(spec, spec.split(task), how)[0]
+
+
+# -------------------------------------------------------------------------------------------- for other people's code
+
+FORWARDED = dict.fromkeys(
+    (
+        "IMG_FORMATS",
+        "VID_FORMATS",
+        "LoadImages",
+        "LoadImagesAndLabels",
+        "LoadScreenshots",
+        "LoadStreams",
+        "create_dataloader",
+        "exif_size",
+        "exif_transpose",
+        "img2label_paths",
+        "letterbox",
+    ),
+    "utils.datasets",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    if name in FORWARDED:
+        return getattr(importlib.import_module(FORWARDED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,11 +22,12 @@ from utils.config import UserError
 from utils.data import DatasetSpec
 from utils.dataloaders import Batch, build_validation_loader
 from utils.inference import DetectOptions, Detector, restore, to_float
-from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix, match
+from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix
 from utils.optim import ModelEMA, Schedule
 from utils.progress import Bar, EpochRow
+from utils.tasks import DETECT, ComputesLoss
 
-TABLE_COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+TABLE_COLUMNS = ("Class", "Images", "Instances", *DETECT.table)
 TABLE_HEADER = ("%22s" + "%11s" * 6) % TABLE_COLUMNS
 
 
@@ -134,7 +135,7 @@ def evaluate(
     loader: Iterable[Batch],
     options: EvalOptions,
     *,
-    compute_loss: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]] | None = None,
+    compute_loss: ComputesLoss | None = None,
     on_batch: OnBatch | None = None,
     on_image: OnImage | None = None,
 ) -> EvalResult:
@@ -155,7 +156,7 @@ def evaluate(
     detector = Detector(model, how, keep_raw=compute_loss is not None)
     average, thresholds = AveragePrecision(options.num_classes), torch.tensor(IOU_THRESHOLDS)
     confusion = ConfusionMatrix(options.num_classes) if options.confusion else None
-    losses = torch.zeros(3, device=detector.device)
+    losses = torch.zeros(len(DETECT.losses), device=detector.device)
     seen = batches = 0
     bar = Bar(loader, "Validating", show=options.progress)
     for batches, batch in enumerate(bar, 1):
@@ -169,7 +170,7 @@ def evaluate(
         if on_batch is not None:
             on_batch(batches - 1, batch, detections)
         for image in _native(batch, detections):
-            correct = match(image.detections, image.truth, thresholds)
+            correct = DETECT.match(image.detections, image.truth, thresholds)
             average.update(correct, image.detections[:, 4], image.detections[:, 5], image.truth[:, 0])
             if confusion is not None:
                 confusion.update(image.detections, image.truth)
@@ -228,7 +229,6 @@ def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool)
 
 ACCELERATOR_LOG_INTERVAL = 20  # batches between two reads of the losses: each read waits for the device
 MAX_GRADIENT_NORM = 10.0
-ComputesLoss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 OnTrainBatch = Callable[[int, Batch], None]
 
 
@@ -317,7 +317,7 @@ class LossMonitor:
 
     def __init__(self, device: torch.device) -> None:
         self.interval = 1 if device.type == "cpu" else ACCELERATOR_LOG_INTERVAL
-        self.total, self.count = np.zeros(3), 0
+        self.total, self.count = np.zeros(len(DETECT.losses)), 0
         self._waiting: list[tuple[Tensor, list[str]]] = []
 
     @property

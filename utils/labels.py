@@ -269,7 +269,7 @@ def _worth_keeping(labels: Floats, numbers: list[int], path: str | Path) -> tupl
 
 def scan(
     sources: Sequence[Path],
-    spec: DatasetSpec,
+    spec: DatasetSpec | None,
     *,
     single_cls: bool = False,
     workers: int = 8,
@@ -278,14 +278,16 @@ def scan(
 ) -> Scan:
     """Read and check all images of `sources` and their labels, from the cache where nothing has changed since.
 
-    With `single_cls` every class becomes 0, and any class is allowed in the files. A summary and the first problems
-    are logged; all of them are in `messages`, in order of the images whatever the number of workers.
+    With `single_cls` every class becomes 0. With it, or without a `spec`, any class is allowed in the files. A summary
+    and the first problems are logged; all of them are in `messages`, in order of the images whatever the number of
+    workers.
 
     Raises:
         UserError: a source that does not exist.
     """
     files = [str(file) for file in image_files(sources)]
-    num_classes, names_file = None if single_cls else spec.num_classes, display_path(spec.path)
+    num_classes = None if single_cls or spec is None else spec.num_classes
+    names_file = "the dataset" if spec is None else display_path(spec.path)
     title = f"{prefix}Scanning {', '.join(map(display_path, sources))}"
     places, key = _cache_places(sources), _cache_key(files, num_classes, names_file, max_pixels)
     table = _Table.read(places, key, len(files), num_classes or MAX_CLASS)

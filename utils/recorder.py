@@ -9,22 +9,9 @@ from typing import Any
 
 from utils.config import UserError, display_path
 from utils.files import write_texts
+from utils.tasks import DETECT
 
-COLUMNS = (
-    "train/box_loss",
-    "train/obj_loss",
-    "train/cls_loss",
-    "metrics/precision",
-    "metrics/recall",
-    "metrics/mAP_0.5",
-    "metrics/mAP_0.5:0.95",
-    "val/box_loss",
-    "val/obj_loss",
-    "val/cls_loss",
-    "x/lr0",  # biases
-    "x/lr1",
-    "x/lr2",
-)
+COLUMNS = (*DETECT.columns, "x/lr0", "x/lr1", "x/lr2")  # x/lr0: of the biases
 NAMES = ("epoch", *COLUMNS)
 MAX_BYTES = 2**26  # a row has 294: 200,000 epochs
 

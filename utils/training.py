@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from utils.augmentations import TRANSFORMS
-from utils.autoanchor import AnchorHyp, check_anchors, write_anchors
+from utils.autoanchor import AnchorHyp, judge_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
-from utils.loss import ComputeLoss, LossHyp, scale_gains
+from utils.loss import LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
 from utils.runtime import LOGGER
+from utils.tasks import task_of
 
 HYP_OWNERS: tuple[type, ...] = (OptimHyp, LossHyp, AnchorHyp, *TRANSFORMS)  # every hyper-parameter is a field of one
 MAX_PATH = 4096  # bytes, Linux's own limit
@@ -88,7 +89,7 @@ def fit_anchors_(
     """Replace the head's anchors where others fit the labels clearly better, unless they are to be kept; logs which."""
     rng = np.random.default_rng(options.seed)
     labels, shapes_hw = dataset.labels_list, dataset.shapes_hw
-    check = check_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], keep=keep, rng=rng)
+    check = judge_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], keep=keep, rng=rng)
     for warning in check.warnings:
         LOGGER.warning(warning)
     LOGGER.info("\n".join(check.messages))
@@ -127,7 +128,7 @@ def build_trainer(
         model=wrapped,
         optimizer=build_optimizer(model, options.optimizer, optim_hyp, options.batch_size),
         schedule=Schedule(optim_hyp, options.epochs, len(loader), options.batch_size, cosine=options.cos_lr),
-        compute_loss=ComputeLoss(model),
+        compute_loss=task_of(model).make_loss(model),
         device=device,
         options=epoch_options,
         ema=ModelEMA(model) if is_main() else None,

@@ -6,7 +6,6 @@ All places are meant in the file as it is. Gates at one place are chained in the
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import shlex
@@ -22,7 +21,18 @@ import yaml
 
 from models import graph as graphs
 from models.grammar import literal
-from models.graph import HEADS, SEVERAL, Graph, Row, gates, layer_classes, listed, scaled_channels, wiring
+from models.graph import (
+    HEADS,
+    SEVERAL,
+    Graph,
+    Row,
+    free_parameters,
+    gates,
+    layer_classes,
+    listed,
+    scaled_channels,
+    wiring,
+)
 from utils.config import UserError, closest, display_path
 from utils.files import write_texts
 from utils.runtime import LOGGER
@@ -207,7 +217,7 @@ class _Network:
         assert gate.gate is not None
         module, args = gate.gate.module, gate.gate.args
         values = ", ".join(map(str, (self._declared(gate), *args)))
-        names = list(inspect.signature(layer_classes()[module]).parameters)[2:]
+        names = [parameter.name for parameter in free_parameters(module)]
         named = ", ".join(["channels", *(WORDS.get(name, name) for name in names[: len(args)])])
         return f"[{self.numbers(gate)[0]}, 1, {module}, [{values}]]", f"# {self.items.index(gate)}: {named}"
 
@@ -218,7 +228,7 @@ class _Network:
             source = source.sources[0]
         row, width, multiple = source.row, self.graph.width, int(self.graph.yaml.get("channel_multiple", 8))
         choices = [round(row.channels / width), math.floor(row.channels / width)]
-        if {"conv", "preserve"} & set(wiring(row.module)):
+        if {"conv", "preserve"} & set(wiring(row.module)) and row.args:
             choices.insert(0, row.args[0])
         for choice in choices:
             if scaled_channels(choice, width, multiple) == row.channels:
@@ -362,14 +372,25 @@ def _text(graph: Graph) -> str:
 
 
 def _check(text: str, network: _Network) -> None:
-    """Read the new text: the old rows are as they were, and every row reads what it should."""
+    """Read the new text: the old rows are as they were, every row reads what it should, and gates keep the shape.
+
+    Raises:
+        UserError: the gate's arguments do not fit, or with them a pasted class changes the channels or the size.
+    """
     try:
         new = graphs.read(yaml.safe_load(text))
     except UserError as error:  # about the gate's arguments, which only a reading can judge
         raise UserError(str(error).replace("checkpoint yaml", f"{network.graph.file} with its gates", 1)) from None
     for row, item in zip(new.rows, network.items, strict=True):
         assert [s for s in row.sources if s >= 0] == [network.items.index(s) for s in item.sources]
-        if item.gate is None:
+        if item.gate is not None:
+            before = new.rows[row.sources[0]]
+            if (row.channels, row.stride) != (before.channels, before.stride):
+                raise UserError(
+                    f"{network.graph.file}: {item.gate}: it makes {row.channels} channels at stride {row.stride} of"
+                    f" {before.channels} at stride {before.stride}, so it cannot be inserted. Write its row by hand."
+                )
+        else:
             kept = ("module", "args", "repeats", "inputs", "channels", "stride")
             assert all(getattr(row, name) == getattr(item.row, name) for name in kept), row.where
 

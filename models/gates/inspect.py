@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from models.checkpoints.files import load_model
 from models.common import Gate
-from models.gates.start import gates_in
+from models.gates.start import built_elsewhere, gates_in, neutral_of
 from models.graph import gates as gate_names
+from models.pasted import ERRORS, advice, explain
 from models.yolo import DetectionModel
-from utils.augmentations import letterbox
+from utils.augmentations import letterboxed
 from utils.config import UserError, check_minimum, display_path
 from utils.downloads import find_weights
 from utils.files import make_run_dir
@@ -80,17 +81,22 @@ class GateStatistics:
 class _Recorder:
     """Collects what one gate multiplies by, image by image."""
 
-    def __init__(self, index: int, gate: Gate) -> None:
-        self.index, self.gate = index, gate
+    def __init__(self, index: int, where: str, gate: nn.Module) -> None:
+        self.index, self.where, self.gate = index, where, gate
+        self.top, self.neutral = getattr(gate, "top", None), gate.neutral if isinstance(gate, Gate) else None
         self.by_image: list[np.ndarray] = []
         self.sums: list[tuple[float, float, float]] = []
 
     def __call__(self, gate: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook; one image at a time."""
-        scale = self.gate.scale(inputs[0]).float()
-        flat = scale.flatten(2)[0]
+        try:
+            if not self.sums and not isinstance(gate, Gate):
+                self.neutral = neutral_of(gate, inputs[0].shape[1])
+            flat = gate.scale(inputs[0]).float().flatten(2)[0]  # type: ignore[operator]
+        except ERRORS as error:
+            raise UserError(f"{self.where}: its scale or neutralise_ fails: {explain(error)}.") from None
         self.by_image.append(flat.mean(1).cpu().numpy())
-        top, neutral = self.gate.top, self.gate.neutral
+        top, neutral = self.top, self.neutral
         nan = float("nan")
         edge = nan if top is None else float(((flat < EDGE * top) | (flat > (1 - EDGE) * top)).float().mean())
         distance = nan if neutral is None else float((flat / neutral - 1).abs().mean())
@@ -99,9 +105,7 @@ class _Recorder:
     def statistics(self) -> GateStatistics:
         positions, saturated, distance = np.mean(self.sums, axis=0).tolist()
         name = type(self.gate).__name__
-        return GateStatistics(
-            self.index, name, self.gate.neutral, np.stack(self.by_image), positions, saturated, distance
-        )
+        return GateStatistics(self.index, name, self.neutral, np.stack(self.by_image), positions, saturated, distance)
 
 
 @torch.inference_mode()
@@ -109,20 +113,29 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
     """What every gate of a network multiplies by, over images (H, W, 3) in uint8 BGR; in the order of the layers.
 
     Raises:
-        UserError: the network has no gate, or there is no image.
+        UserError: the network has no gate, or none that can be read, or there is no image.
     """
-    gates = [(row.index, gate) for row in model.graph.rows for gate in gates_in(model.model[row.index])]
-    if not gates:
+    recorders = [
+        _Recorder(row.index, row.where, g) for row in model.graph.rows for g in gates_in(model.model[row.index])
+    ]
+    closed = [row for row in model.graph.rows if built_elsewhere(model, row.index)]
+    unread = ", ".join(f"layer {row.index} {row.module}" for row in closed)
+    if not recorders and not closed:
         raise UserError(
             f"its network has no attention gate ({', '.join(gate_names())}). Give the checkpoint of one that has."
         )
-    recorders = [_Recorder(index, gate) for index, gate in gates]
-    handles = [gate.register_forward_hook(recorder) for (_, gate), recorder in zip(gates, recorders)]
+    if closed:
+        lines = "; ".join(line.partition("  #")[0] for line in advice(model.model[closed[0].index])[1:])
+        said = f"cannot be read: what it multiplies by is inside its forward. Add two lines to its class: {lines}"
+        if not recorders:
+            raise UserError(f"its {unread} {said}")
+        LOGGER.warning(f"{unread} {said}")
+    handles = [recorder.gate.register_forward_hook(recorder) for recorder in recorders]
     device, stride = next(model.parameters()).device, max(int(model.stride.max()), 32)
     model.eval()
     try:
         for image in images:
-            boxed, _ = letterbox(image, imgsz, auto=True, stride=stride)
+            boxed, _ = letterboxed(image, imgsz, auto=True, stride=stride)
             rgb = torch.from_numpy(np.ascontiguousarray(boxed[..., ::-1])).permute(2, 0, 1)[None]
             model(to_float(rgb, device))
     finally:

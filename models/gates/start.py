@@ -8,7 +8,6 @@ by powers of two does not round: the network's output stays what it was, bit for
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from models.common import Concat, Contract, Expand, Gate
-from models.graph import HEADS, layer_classes
+from models.grammar import LAYER_ERRORS
+from models.graph import HEADS, free_parameters, is_pasted
+from models.pasted import explain, is_gate
 from models.yolo import DetectionModel
 
 GATE_STARTS = ("absorbed", "gain", "random")
@@ -40,20 +41,28 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
         A sentence that begins with 'neutral' where the network now computes what it would without the gate, and with
         'not neutral' where that cannot be had, with the reason; the gate is then as it was built.
     """
-    gates = gates_in(model.model[index])
-    without = next((gate for gate in gates if gate.neutral is None), None)
     if start == "random":
         return "starts as built, not neutral"
-    if without is not None:
-        return f"not neutral: no weights make {type(without).__name__} a constant"
+    gates, row = _chain(model.model[index]), model.graph.rows[index]
+    if not gates:
+        return "not neutral: starts as built, without 'scale' and 'neutralise_'"
+    try:
+        known = [neutral_of(gate, row.channels) for gate in gates]
+    except LAYER_ERRORS as error:
+        return f"not neutral: its neutralise_ fails: {explain(error)}"
+    constants = [constant for constant in known if constant is not None]
+    if len(constants) < len(gates):
+        if is_pasted(row.module):
+            return "not neutral: after its neutralise_, what forward gives is not one constant times its input"
+        return f"not neutral: no weights make {row.module} a constant"
     if start == "gain":
-        if "gain" not in _arguments(model, index):
-            return f"not neutral: {type(gates[0]).__name__} takes no gain in its YAML row; use --gate absorbed"
+        if not takes_gain(model, index):
+            return f"not neutral: {row.module} takes no gain in its YAML row; use --gate absorbed"
         for gate in gates:
             gate.neutralise_()
-        gain = set_gain_(model, index, 1 / _neutral(gates[0]))
+        gain = set_gain_(model, index, 1 / constants[0])
         return f"neutral by its gain of {gain:g}"
-    constant = math.prod(_neutral(gate) * gate.gain for gate in gates)
+    constant = math.prod(c * gate.gain if isinstance(gate, Gate) else c for c, gate in zip(constants, gates))
     edits, obstacle = absorbing(model, index, constant)
     if obstacle:
         return f"not neutral: {obstacle} cannot absorb the constant {constant:g}; use --gate gain"
@@ -68,14 +77,47 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
     return f"neutral: its constant {constant:g} is absorbed by {', '.join(f'{row.index} {row.module}' for row in rows)}"
 
 
-def gates_in(layer: nn.Module) -> list[Gate]:
-    """The gates one row consists of: several where its number is above 1."""
-    return [part for part in layer.modules() if isinstance(part, Gate)]
+def gates_in(layer: nn.Module) -> list[Any]:
+    """The gates inside a layer: `Gate`s, and pasted modules that have `scale` and `neutralise_`."""
+    return [part for part in layer.modules() if is_gate(part)]
 
 
-def _neutral(gate: Gate) -> float:
-    assert gate.neutral is not None
-    return gate.neutral
+def _chain(layer: nn.Module) -> list[Any]:
+    """The gates that a row consists of, several where its number is above 1; none where it is anything else."""
+    parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+    return parts if all(is_gate(part) for part in parts) else []
+
+
+@torch.no_grad()
+def neutral_of(gate: Any, channels: int) -> float | None:
+    """The constant that a gate has everywhere once neutral, before its gain; None where no weights make it one.
+
+    For a pasted class it is measured: a copy is made neutral and given maps of this many channels, unlike each other.
+    """
+    if isinstance(gate, Gate):
+        return gate.neutral
+    tried = copy.deepcopy(gate).eval()
+    tried.neutralise_()
+    like = next(iter(tried.parameters()), torch.empty(0))
+    noise = torch.rand(4, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = ((0.5 + noise) * torch.tensor([-3.0, 0.1, 1, 10]).view(4, 1, 1, 1)).to(like)
+    ratio = tried.forward(x) / x  # without the hooks of whoever watches the gate
+    constant = float(ratio.median())
+    return constant if constant and torch.allclose(ratio, torch.full_like(ratio, constant), atol=1e-6) else None
+
+
+def takes_gain(model: DetectionModel, index: int) -> bool:
+    """Whether the YAML of row `index` may state a gain."""
+    gates = _chain(model.model[index])
+    return bool(gates) and all(isinstance(gate, Gate) for gate in gates) and "gain" in _arguments(model, index)
+
+
+def built_elsewhere(model: DetectionModel, index: int) -> bool:
+    """Whether row `index` is a pasted class that keeps its map's channels and size, but cannot be read as a gate."""
+    row = model.graph.rows[index]
+    source = model.graph.rows[row.sources[0]] if row.sources[0] >= 0 else None
+    kept = source is not None and (row.channels, row.stride) == (source.channels, source.stride)
+    return kept and is_pasted(row.module) and not gates_in(model.model[index])
 
 
 # ---------------------------------------------------------------------------------------------------------- absorption
@@ -203,11 +245,10 @@ def set_gain_(model: DetectionModel, index: int, gain: float) -> float:
 
 def open_gain(model: DetectionModel, index: int) -> bool:
     """Whether row `index` holds gates whose gain its YAML does not state."""
-    names = list(_arguments(model, index)) if gates_in(model.model[index]) else []
+    names = list(_arguments(model, index)) if takes_gain(model, index) else []
     return "gain" in names and len(model.graph.rows[index].args) <= names.index("gain") + 1
 
 
 def _arguments(model: DetectionModel, index: int) -> dict[str, Any]:
     """The arguments a row's YAML may give after the channels, with their defaults."""
-    parameters = list(inspect.signature(layer_classes()[model.graph.rows[index].module]).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+    return {parameter.name: parameter.default for parameter in free_parameters(model.graph.rows[index].module)}

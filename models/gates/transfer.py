@@ -18,15 +18,15 @@ from models import graph as graphs
 from models.checkpoints.files import Checkpoint, load_model, network_yaml, read, save
 from models.gates.alignment import align, argument_warnings, wiring_warnings
 from models.gates.copying import KEPT_ANCHORS, Copy, RowReport, class_rows, copy_rows, row_reports
-from models.gates.start import GATE_STARTS, gates_in, open_gain, set_gain_, start_gate_
+from models.gates.start import GATE_STARTS, built_elsewhere, gates_in, open_gain, set_gain_, start_gate_, takes_gain
 from models.graph import Graph, options_of
+from models.pasted import advice
 from models.yolo import Config, DetectionModel, build_model
 from utils.config import UserError, display_path
 from utils.data import load_dataset
 from utils.downloads import find_weights
 from utils.runtime import LOGGER
 
-DEFAULT_GATE = "gain"
 PROBE_SIZE = 256  # pixels; a power of two fits every stride
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -111,7 +111,8 @@ def transfer(
         model: the network to fill, on any device.
         checkpoint: from `files.read`. One without a YAML is taken to be of the same network as `model`.
         mode: 'aligned' or 'index'.
-        gate: how such gates start: 'absorbed', 'gain' or 'random'; None is DEFAULT_GATE, and 'random' with 'index'.
+        gate: how such gates start: 'absorbed', 'gain' or 'random'; None is 'gain', 'absorbed' where the class takes
+            none, and 'random' with mode 'index'.
         names: class names of the target; `model.names` if not given.
 
     Raises:
@@ -134,7 +135,7 @@ def transfer(
     _adopt_gains_(model, source, pairs)
     gates = _inserted_gates(model, source, pairs)
     for index in gates:
-        copy.why[index] = start_gate_(model, index, gate or (DEFAULT_GATE if aligned else "random"))
+        copy.why[index] = start_gate_(model, index, gate or _usual_start(model, index, aligned=aligned))
     return Report(
         name,
         row_reports(copy, source, target, pairs),
@@ -186,6 +187,10 @@ def _adopt_gains_(model: DetectionModel, source: Graph, pairs: Mapping[int, int]
                 set_gain_(model, new, gain)
 
 
+def _usual_start(model: DetectionModel, index: int, *, aligned: bool) -> str:
+    return "random" if not aligned else "gain" if takes_gain(model, index) else "absorbed"
+
+
 def _check_words(mode: str, gate: str | None) -> None:
     if mode not in ("aligned", "index"):
         raise UserError(f"--transfer {mode}: unknown. Write 'aligned' or 'index'.")
@@ -208,9 +213,10 @@ def _strangers(copy: Copy, name: str, target: Graph) -> list[str]:
 
 
 def _inserted_gates(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> list[int]:
-    """The rows of gates that no row of the checkpoint's network is."""
+    """The rows of gates, pasted classes among them, that no row of the checkpoint's network is."""
     known = {new for old, new in pairs.items() if source.rows[old].module == model.graph.rows[new].module}
-    return [row.index for row in model.graph.rows if row.index not in known and gates_in(model.model[row.index])]
+    fresh = [row.index for row in model.graph.rows if row.index not in known]
+    return [index for index in fresh if gates_in(model.model[index]) or built_elsewhere(model, index)]
 
 
 # --------------------------------------------------------------------------------------------------- a network to train
@@ -283,9 +289,14 @@ def start_network(
         report = replace(report, difference=output_difference(model, checkpoint, model.names))
     for warning in report.warnings:
         LOGGER.warning(warning)
+    fixes = {}
     for row in report.rows:
         if row.new in report.gates and row.why.startswith("not neutral"):
-            LOGGER.warning(f"{model.graph.rows[row.new].where} {row.why}.")
+            LOGGER.warning(f"{model.graph.rows[row.new].where}: {row.why}.")
+            if built_elsewhere(model, row.new):
+                fixes[row.module] = "\n    ".join(advice(model.model[row.new]))
+    for fix in fixes.values():
+        LOGGER.info(fix)
     if report.percent_parameters < min_transfer:
         raise UserError(
             f"--min-transfer {min_transfer:g}: only {report.percent_parameters:.1f}% of the parameters come from"
