@@ -123,10 +123,7 @@ def _run(given: Mapping[str, Any]) -> argparse.Namespace:
     resumed = None
     if options.resume:
         options, resumed = _resumed(options, given)
-    left_out = {_option_name(flag) for flag, *_ in NOT_OFFERED} | (
-        {"hyp"} if isinstance(options.hyp, Mapping) else set()
-    )
-    LOGGER.info(_listed("train", {key: value for key, value in vars(options).items() if key not in left_out}))
+    LOGGER.info(_listed("train", _offered(options)))
     device = select_device(options.device, options.batch_size)
     with process_group(device, options.batch_size):
         return Training(options, device, resumed).run()
@@ -528,6 +525,12 @@ NOT_OFFERED: tuple[tuple[str, dict[str, Any], str], ...] = (
 
 def _option_name(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
+
+
+def _offered(options: argparse.Namespace) -> dict[str, Any]:
+    """The options worth a place in the log: not those that are refused, nor hyper-parameters given as a mapping."""
+    left_out = {_option_name(flag) for flag, *_ in NOT_OFFERED}
+    return {k: v for k, v in vars(options).items() if k not in left_out and not isinstance(v, Mapping)}
 
 
 def check(options: argparse.Namespace) -> None:

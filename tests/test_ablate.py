@@ -139,6 +139,7 @@ def test_another_recipe_in_the_same_folder_is_refused_and_shown(tmp_path: Path) 
     check_recipe(tmp_path, recipe)
     write_yaml(tmp_path / "recipe.yaml", plain_recipe(recipe))
     check_recipe(tmp_path, recipe)
+    check_recipe(tmp_path, {"recipe": {"epochs": 3, "hyp": None, "skip_bad": True}, "folds": 0})
     with pytest.raises(UserError, match=r"recipe\.epochs: 3 there, 5 now.*--name"):
         check_recipe(tmp_path, {"recipe": {"epochs": 5, "hyp": None}, "folds": 0})
 
