@@ -374,8 +374,11 @@ def installed_command() -> bool:
 
 
 def command_of(script: str) -> str:
-    """How the user starts a script here: `python train.py`, or `yolov5-attention train` where that was typed."""
-    return f"yolov5-attention {Path(script).stem.removesuffix('_gates')}" if installed_command() else f"python {script}"
+    """How the user started a script: `python train.py`, `python ../train.py` or `yolov5-attention train`."""
+    if installed_command():
+        return f"yolov5-attention {Path(script).stem.removesuffix('_gates')}"
+    typed = (sys.argv or [""])[0]  # a path to the script from whatever folder
+    return f"python {one_line(typed if Path(typed).name == Path(script).name else script)}"
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -438,7 +438,8 @@ class Annotator:
     ) -> None:
         array = np.asarray(im)
         in_place = array.flags.writeable and array.flags.c_contiguous
-        self._ours = drawing.Annotator(array, line_width and int(line_width), in_place=in_place)
+        width = int(line_width or max(round(sum(array.shape) / 2 * 0.003), 2))
+        self._ours = drawing.Annotator(array, width, in_place=in_place)
         self.lw = self._ours.line_width
 
     @property
