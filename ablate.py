@@ -79,7 +79,7 @@ def try_arm(cell: Cell) -> dict[str, Any]:
     """
     from models.measure import Size
     from utils.downloads import find_weights
-    from utils.engine import to_float
+    from utils.inference import to_float
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         settings = {**cell.options, "project": folder, "name": "try", "noplots": True, "workers": 0, "cache": None}
@@ -158,30 +158,25 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from models.checkpoints.files import load_model
+    from models.backends import load
+    from utils import engine
     from utils.data import prepare
-    from utils.dataloaders import LoaderOptions, build_loader
-    from utils.engine import EvalOptions, evaluate, round_up
+    from utils.inference import input_hw
 
-    device = select_device(_device(cell))
-    model = load_model(weights, device).to(memory_format=torch.channels_last)
-    stride = max(int(model.stride.max()), 32)
-    spec, single = prepare(cell.options["data"]), cell.options["single_cls"]
-    how = LoaderOptions(
-        imgsz=round_up(cell.options["imgsz"], stride),
+    network = load(weights, select_device(_device(cell)))
+    found: list[Any] = []
+    result = engine.judge(
+        network,
+        prepare(cell.options["data"]),
+        "val",
+        engine.EvalOptions(len(network.names), single_cls=cell.options["single_cls"], progress=False),
+        imgsz=input_hw([cell.options["imgsz"]], network)[0],
         batch_size=16,
-        stride=stride,
-        rect=True,
-        pad=0.5,
-        single_cls=single,
         workers=0,
         max_pixels=cell.options["max_megapixels"] * 1_000_000,
+        prefix="",
+        on_image=found.append,
     )
-    loader, _ = build_loader(spec, spec.split("val"), how)
-    found: list[Any] = []
-    options = EvalOptions(len(model.names), single_cls=single, progress=False)
-    result = evaluate(model, loader, options, on_image=found.append)
-    loader.close()
     numbers = [len(image.detections) for image in found]
     np.savez_compressed(
         cell.folder / "judged.npz",
@@ -192,7 +187,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
         paths=np.array([image.path for image in found]),
     )
     scores = ("precision", "recall", "mAP50", "mAP50-95")
-    names, classes = list(model.names.values()), [int(c) for c in result.ap.classes]
+    names, classes = list(network.names.values()), [int(c) for c in result.ap.classes]
     called = {c: f"{names[c]} ({c})" if names.count(names[c]) > 1 else names[c] for c in classes}
     return {
         **dict(zip(scores, map(float, result.summary[:4]))),
@@ -251,7 +246,7 @@ def _network(cell: Cell, device: torch.device) -> tuple[DetectionModel, Tensor]:
     import torch
 
     from models.checkpoints.files import load_model
-    from utils.engine import round_up
+    from utils.inference import round_up
 
     model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
     size = round_up(cell.options["imgsz"], max(int(model.stride.max()), 32))

@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, Stopwatch, fp16_works, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2
     import numpy as np
     import torch
+    from torch import Tensor
 
-    from models.yolo import DetectionModel
+    from models.backends import Backend
     from utils.boxes import Letterbox
+    from utils.inference import Detector
     from utils.sources import Frame, Source
 
 MAX_LINE_THICKNESS = 1000
 MAX_STEM_BYTES = 200  # of the name of a file written here, before its number and suffix; most systems hold 255
-Prepared = tuple[list["Frame"], "np.ndarray", list["Letterbox"]]
+Prepared = tuple[list["Frame"], "Tensor", list["Letterbox"]]
 
 
 def build_parser() -> ArgumentParser:
@@ -96,9 +98,6 @@ def _check(options: argparse.Namespace) -> None:
     check_minimum(options, max_det=1, line_thickness=1, max_megapixels=1)
     if options.line_thickness > MAX_LINE_THICKNESS:
         raise UserError(f"--line-thickness {options.line_thickness}: expected at most {MAX_LINE_THICKNESS} pixels.")
-    for name in options.weights:
-        if Path(name).suffix.lower() not in (".pt", ""):
-            raise UserError(f"--weights {name}: only .pt checkpoints can be run. Give the .pt this was exported from.")
     if options.dnn:
         raise UserError(
             "--dnn runs ONNX files through OpenCV, which is not available here. Give the .pt and leave it out."
@@ -121,117 +120,34 @@ def _display_works() -> bool:
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _size_hw(sizes: list[int], stride: int) -> tuple[int, int]:
-    """Height and width of the network's input, raised to multiples of its stride (with a warning)."""
-    from utils.engine import round_up
-
-    if len(sizes) not in (1, 2) or min(sizes) < 1:
-        raise UserError(f"--imgsz {' '.join(map(str, sizes))}: expected one size or height and width, in pixels.")
-    rounded = [round_up(size, stride) for size in sizes]
-    return rounded[0], rounded[-1]
-
-
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
-def _load(options: argparse.Namespace, device: torch.device) -> tuple[list[DetectionModel], list[Path]]:
-    """The fused networks, ready on the device, and the files they came from."""
-    import torch
-
-    from models.checkpoints.files import load_model, read
+def _load(options: argparse.Namespace, device: torch.device) -> Backend:
+    """The network, ready on the device; a wrong class number and files that --update may not touch are refused."""
+    from models.backends import load
+    from models.checkpoints.files import read
     from utils.downloads import find_weights
 
-    networks, paths = [], []
-    for name in options.weights:
-        path = find_weights(name)
-        checkpoint = read(path, training=False)
-        if checkpoint.task not in ("detect", "segment"):
-            raise UserError(f"{path}: this network does {checkpoint.task}, not detection. Give detection weights.")
-        if options.update and not checkpoint.ours:
-            raise UserError(f"{path}: --update rewrites only files that train.py here wrote, not foreign ones.")
-        networks.append(load_model(checkpoint, device).to(memory_format=torch.channels_last))
-        paths.append(path)
-        if networks[0].names != networks[-1].names:
-            raise UserError(f"{path}: its classes differ from those of {paths[0]}; an ensemble needs the same classes.")
-    if options.half and fp16_works(device):
-        networks = [network.half() for network in networks]
-    wrong = [index for index in options.classes or () if index not in networks[0].names]
+    if options.update:
+        for path in map(find_weights, options.weights):
+            if not read(path, training=False).ours:
+                raise UserError(f"{path}: --update rewrites only files that train.py here wrote, not foreign ones.")
+    network = load(options.weights, device, half=options.half and fp16_works(device))
+    wrong = [index for index in options.classes or () if index not in network.names]
     if wrong:
-        raise UserError(f"--classes {wrong[0]}: {paths[0]} has classes 0 to {len(networks[0].names) - 1}.")
-    return networks, paths
+        raise UserError(f"--classes {wrong[0]}: {options.weights[0]} has classes 0 to {len(network.names) - 1}.")
+    return network
 
 
-def _prepare(source: Source, size_hw: tuple[int, int], stride: int) -> Generator[Prepared, None, None]:
-    """Rounds of frames with the network's input uint8 RGB (B, h, w, 3): rectangular where all frames have one shape."""
-    import numpy as np
-
-    from utils.augmentations import letterbox
+def _prepare(source: Source, size_hw: tuple[int, int], network: Backend) -> Generator[Prepared, None, None]:
+    """Rounds of frames with the network's input: rectangular where all frames have one shape and it takes any."""
+    from utils.inference import fit
 
     with closing(source.rounds()) as rounds:
         for frames in rounds:
-            auto = len({frame.image.shape for frame in frames}) == 1
-            fitted = [letterbox(frame.image, size_hw, auto=auto, stride=stride) for frame in frames]
-            images = np.stack([image[..., ::-1] for image, _ in fitted])  # channels last, as the network likes it
-            yield frames, images, [box for _, box in fitted]
-
-
-class _Predictor:
-    """From a batch of images to boxes in pixels of the originals, with the time each step took."""
-
-    def __init__(self, networks: list[DetectionModel], options: argparse.Namespace, device: torch.device) -> None:
-        from utils.engine import num_masks
-
-        self.networks, self.options, self.device, self.num_masks = networks, options, device, num_masks(networks)
-        self.dtype = next(networks[0].parameters()).dtype
-        self.pre, self.inference, self.nms = Stopwatch(device), Stopwatch(device), Stopwatch(device)
-        self.seen = 0
-
-    def warm_up(self, size_hw: tuple[int, int]) -> None:
-        """Let an accelerator load its kernels before the clock runs."""
-        import torch
-
-        if self.device.type != "cpu":
-            for network in self.networks:
-                network(torch.zeros(1, 3, *size_hw, device=self.device, dtype=self.dtype))
-
-    def __call__(self, images: np.ndarray, letterboxes: Sequence[Letterbox], visualize: Any = None) -> list[np.ndarray]:
-        """Per image of (B, h, w, 3) (k, 6) rows [x1, y1, x2, y2, conf, class], best first, in whole pixels."""
-        import torch
-
-        from utils.boxes import undo_letterbox
-        from utils.engine import to_float
-        from utils.nms import non_max_suppression
-
-        options = self.options
-        with self.pre:
-            batch = to_float(torch.from_numpy(images).permute(0, 3, 1, 2), self.device, self.dtype)
-        with self.inference:
-            outputs = [net(batch, augment=options.augment, visualize=visualize)[0] for net in self.networks]
-            prediction = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-        with self.nms:
-            rows = non_max_suppression(
-                prediction,
-                options.conf_thres,
-                options.iou_thres,
-                classes=options.classes,
-                agnostic=options.agnostic_nms,
-                max_det=options.max_det,
-                num_masks=self.num_masks,
-            )
-        self.seen += len(rows)
-        found = []
-        for detections, box in zip(rows, letterboxes):
-            detections = undo_letterbox(detections[:, :6], box)
-            detections[:, :4] = detections[:, :4].round()
-            found.append(detections.cpu().numpy())  # the only transfer
-        return found
-
-    def speed(self) -> str:
-        """Milliseconds per image of the three steps."""
-        pre, inference, nms = (
-            watch.seconds * 1e3 / max(self.seen, 1) for watch in (self.pre, self.inference, self.nms)
-        )
-        return f"Speed: {pre:.1f}ms pre-process, {inference:.1f}ms inference, {nms:.1f}ms NMS per image"
+            auto = network.size_hw is None and len({frame.image.shape for frame in frames}) == 1
+            yield frames, *fit([frame.image for frame in frames], size_hw, network.stride, auto=auto)
 
 
 # ---------------------------------------------------------------------------------------------------------- the results
@@ -386,64 +302,78 @@ def _detect(options: argparse.Namespace) -> None:
     source = open_source(options.source, options.vid_stride, options.max_megapixels * 1_000_000)
     import torch
 
+    from utils.inference import DetectOptions, Detector, input_hw, speed_line
+
     options.view_img = options.view_img or (source.live and _display_works())
-    device = select_device(options.device)
-    networks, paths = _load(options, device)
-    stride = max(int(network.stride.max()) for network in networks)
-    size_hw = _size_hw(options.imgsz, stride)
-    predictor = _Predictor(networks, options, device)
+    network = _load(options, select_device(options.device))
+    size_hw = input_hw(options.imgsz, network)
+    how = DetectOptions(
+        conf_thres=options.conf_thres,
+        iou_thres=options.iou_thres,
+        max_det=options.max_det,
+        classes=options.classes,
+        agnostic=options.agnostic_nms,
+        augment=options.augment,
+    )
+    detector = Detector(network, how, cpu_chunk=1)
     save_dir = make_run_dir(options, "labels" if options.save_txt else "")
 
-    prepared = _prepare(source, size_hw, stride)
+    prepared = _prepare(source, size_hw, network)
     if not source.live:
         prepared = prefetch(prepared)  # reading and resizing overlap the network
     shape = (1, 3, *size_hw)
-    with torch.inference_mode(), closing(_Results(options, save_dir, networks[0].names)) as results, closing(prepared):
-        predictor.warm_up(size_hw)
+    with torch.inference_mode(), closing(_Results(options, save_dir, network.names)) as results, closing(prepared):
+        detector.warm_up(size_hw)
         for frames, images, letterboxes in prepared:
-            shape = (len(images), 3, *images.shape[1:3])
-            if not _one_round(predictor, results, frames, images, letterboxes):
+            shape = (len(images), 3, *images.shape[2:])
+            if not _one_round(detector, results, frames, images, letterboxes):
                 break
-    LOGGER.info(f"{predictor.speed()} at shape {shape}")
+    LOGGER.info(speed_line(detector.times_ms, shape))
+    _say_where(options, results, source)
+    if options.update:
+        from models.checkpoints.files import strip
+        from utils.downloads import find_weights
+
+        for name in options.weights:
+            strip(find_weights(name))
+
+
+def _say_where(options: argparse.Namespace, results: _Results, source: Source) -> None:
+    """Log the files that could not be read, and where the results lie."""
     if source.skipped:
         LOGGER.warning(f"{len(source.skipped)} of {source.count} files could not be read, or not to the end:")
         for message in source.skipped:
             LOGGER.warning(f"  {message}")
     if options.save_txt:
-        folder = display_path(save_dir / "labels")
+        folder = display_path(results.save_dir / "labels")
         LOGGER.info(f"{results.num_label_files} label{'s' * (results.num_label_files != 1)} saved to {folder}")
     if options.save_txt or options.save_csv or options.save_crop or options.visualize or not options.nosave:
-        LOGGER.info(f"Results saved to {display_path(save_dir)}")
-    if options.update:
-        from models.checkpoints.files import strip
-
-        for path in paths:
-            strip(path)
+        LOGGER.info(f"Results saved to {display_path(results.save_dir)}")
 
 
 def _one_round(
-    predictor: _Predictor,
-    results: _Results,
-    frames: Sequence[Frame],
-    images: np.ndarray,
-    letterboxes: Sequence[Letterbox],
+    detector: Detector, results: _Results, frames: Sequence[Frame], images: Tensor, letterboxes: Sequence[Letterbox]
 ) -> bool:
     """Predict, write and log one round of frames; False when the user pressed q."""
-    before = predictor.inference.seconds
-    found = predictor(images, letterboxes, _visualizer(predictor.options, results, frames[0]))
-    milliseconds = (predictor.inference.seconds - before) * 1e3
+    from utils.inference import restore
+
+    before = detector.inference.seconds
+    found = detector(images, visualize=_visualizer(results, frames[0])).detections
+    milliseconds = (detector.inference.seconds - before) * 1e3
     go_on = True
-    for frame, detections in zip(frames, found):
+    for frame, rows in zip(frames, restore(found, letterboxes)):
+        rows[:, :4] = rows[:, :4].round()
+        detections = rows.numpy()
         go_on = results.add(frame, detections) and go_on
         counts = sorted(Counter(detections[:, 5].astype(int).tolist()).items())
         said = "".join(f"{n} {results.names[index]}{'s' * (n > 1)}, " for index, n in counts) or "(no detections), "
-        LOGGER.info(f"{frame.prefix}{images.shape[1]}x{images.shape[2]} {said}{milliseconds:.1f}ms")
+        LOGGER.info(f"{frame.prefix}{images.shape[2]}x{images.shape[3]} {said}{milliseconds:.1f}ms")
     return go_on
 
 
-def _visualizer(options: argparse.Namespace, results: _Results, frame: Frame) -> Any:
+def _visualizer(results: _Results, frame: Frame) -> Any:
     """What writes a frame's feature maps into a folder of the frame's own; None without --visualize."""
-    if not options.visualize:
+    if not results.options.visualize:
         return None
     from utils.drawing import feature_maps
 

@@ -276,7 +276,7 @@ class Training:
         return write(self.options.cfg, [parse(spec) for spec in self.options.insert], file)
 
     def _fix_sizes(self, stride: int) -> None:
-        from utils.engine import round_up
+        from utils.inference import round_up
         from utils.training import fit_batch_size
 
         options = self.options
@@ -411,7 +411,7 @@ class Training:
         result = evaluate(
             model.half() if half else model,
             self.val_loader,
-            EvalOptions(len(self.names), half=half, single_cls=self.options.single_cls, confusion=pictures),
+            EvalOptions(len(self.names), single_cls=self.options.single_cls, confusion=pictures),
             compute_loss=self.trainer.compute_loss,
             on_batch=self._draw_validation if pictures else None,
         )

@@ -18,12 +18,11 @@ from utils.files import make_run_dir
 from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from utils.data import DatasetSpec
     from utils.dataloaders import Batch
-    from utils.engine import EvalOptions, EvalResult, ImageResult
+    from utils.engine import EvalResult, ImageResult
 
 Summary = tuple[tuple[float, ...], Any, tuple[float, float, float]]
 STUDY_SIZES = range(256, 1536 + 128, 128)
@@ -99,87 +98,52 @@ def _run(options: argparse.Namespace) -> Summary:
 
 
 def _validate(options: argparse.Namespace) -> Summary:
+    from models.backends import load
     from utils.data import prepare
-    from utils.dataloaders import LoaderOptions, build_loader
-    from utils.engine import TABLE_HEADER, evaluate, round_up, table_rows
+    from utils.engine import TABLE_HEADER, EvalOptions, judge, table_rows
+    from utils.inference import input_hw, speed_line
 
     speed = options.task == "speed"
     device = select_device(options.device, options.batch_size)
     task = options.task if options.task in ("train", "val", "test") else "val"
     spec = prepare(options.data, task=task)
     half = fp16_works(device) if options.half else speed and device.type == "cuda"
-    model, names, stride = _load(options, spec, device, half=half)
-    imgsz = round_up(options.imgsz, stride)
+    network = load(options.weights, device, half=half)
+    names = _names(options, spec, network.names)
+    imgsz = input_hw([options.imgsz], network)[0]
     save_dir = make_run_dir(options, "labels" if options.save_txt else "")
-    loader, _ = build_loader(
-        spec,
-        spec.split(task),
-        LoaderOptions(
-            imgsz=imgsz,
-            batch_size=options.batch_size,
-            stride=stride,
-            rect=not speed,
-            pad=0.0 if speed else 0.5,
-            single_cls=options.single_cls,
-            workers=options.workers,
-            max_pixels=options.max_megapixels * 1_000_000,
-            prefix=f"{task}: ",
-        ),
-    )
     plots = not options.noplots and not speed
     writer = ResultWriter(options, spec, names, save_dir, plots=plots)
-    eval_options = _eval_options(options, spec, half=half, confusion=plots)
-    result = evaluate(model, loader, eval_options, on_batch=writer.batch, on_image=writer.image)
-    loader.close()
-    per_class = (options.verbose or spec.num_classes < 50) and eval_options.num_classes > 1
-    LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, names, per_class=per_class)]))
-    shape = (options.batch_size, 3, imgsz, imgsz)
-    times = "{:.1f}ms pre-process, {:.1f}ms inference, {:.1f}ms NMS per image".format(*result.times_ms)
-    LOGGER.info(f"Speed: {times} at shape {shape}")
-    summary = writer.finish(result)
-    LOGGER.info(f"Results saved to {display_path(save_dir)}")
-    return summary, result.maps, result.times_ms
-
-
-def _eval_options(options: argparse.Namespace, spec: DatasetSpec, *, half: bool, confusion: bool) -> EvalOptions:
-    from utils.engine import EvalOptions
-
-    speed = options.task == "speed"
-    return EvalOptions(
+    how = EvalOptions(
         num_classes=1 if options.single_cls else spec.num_classes,
         conf_thres=0.25 if speed else options.conf_thres,
         iou_thres=0.45 if speed else options.iou_thres,
         max_det=options.max_det,
         augment=options.augment,
-        half=half,
         single_cls=options.single_cls,
         hybrid=options.save_hybrid,
-        confusion=confusion,
+        confusion=plots,
     )
+    loading = {"workers": options.workers, "max_pixels": options.max_megapixels * 1_000_000}
+    loading |= {"rect": False, "pad": 0.0} if speed else {}
+    size = {"imgsz": imgsz, "batch_size": options.batch_size}
+    result = judge(network, spec, task, how, on_batch=writer.batch, on_image=writer.image, **size, **loading)
+    per_class = (options.verbose or spec.num_classes < 50) and how.num_classes > 1
+    LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, names, per_class=per_class)]))
+    LOGGER.info(speed_line(result.times_ms, (options.batch_size, 3, imgsz, imgsz)))
+    summary = writer.finish(result)
+    LOGGER.info(f"Results saved to {display_path(save_dir)}")
+    return summary, result.maps, result.times_ms
 
 
-def _load(
-    options: argparse.Namespace, spec: DatasetSpec, device: torch.device, *, half: bool
-) -> tuple[nn.Module, dict[int, str], int]:
-    """The fused network (an ensemble of several files), its class names and its largest stride."""
-    import torch
-
-    from models.checkpoints.files import load_model
-    from utils.downloads import find_weights
-    from utils.engine import Ensemble
-
-    models = [load_model(find_weights(name), device) for name in options.weights]
-    for model, weights in zip(models, options.weights):
-        if len(model.names) != spec.num_classes and not options.single_cls:
-            raise UserError(
-                f"{weights}: knows {len(model.names)} classes, but {display_path(spec.path)} names {spec.num_classes}. "
-                "Give the dataset it was trained for, or --single-cls."
-            )
-    stride = max(int(model.stride.max()) for model in models)
-    names = {0: "item"} if options.single_cls and spec.num_classes != 1 else spec.names
-    model = models[0] if len(models) == 1 else Ensemble(models)
-    model = model.to(memory_format=torch.channels_last)
-    return model.half() if half else model, dict(names), max(stride, 32)
+def _names(options: argparse.Namespace, spec: DatasetSpec, known: Mapping[int, str]) -> dict[int, str]:
+    """The class names of the tables and files: the dataset's, as many as the network knows."""
+    if len(known) != spec.num_classes and not options.single_cls:
+        raise UserError(
+            f"{options.weights[0]}: knows {len(known)} classes, but {display_path(spec.path)} names "
+            f"{spec.num_classes}. Give the dataset it was trained for, or --single-cls."
+        )
+    return {0: "item"} if options.single_cls and spec.num_classes != 1 else dict(spec.names)
 
 
 # ------------------------------------------------------------------------------------------------------ what is written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +14,25 @@ from models.measure import Size, gflops, profile_layer
 from utils.runtime import LOGGER
 
 Visualize = Callable[[int, str, Tensor], None]
+
+
+class Output(NamedTuple):
+    """What a detection network gives in evaluation mode.
+
+    `predictions` are `(B, N, 5 + classes)`: centre and size in pixels of the input, objectness, class scores. `raw` are
+    the head's tensors per level, `(B, anchors, h, w, 5 + classes)`; None where several passes were put together.
+    """
+
+    predictions: Tensor
+    raw: list[Tensor] | None = None
+
+
+class SegmentOutput(NamedTuple):
+    """What a segmentation network gives in evaluation mode; mask coefficients stand at the end of each row."""
+
+    predictions: Tensor
+    prototypes: Tensor  # (B, masks, h, w)
+    raw: list[Tensor] | None = None
 
 
 class BaseModel(nn.Module):

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from models import grammar
 from models import graph as graphs
 from models.augment import augmented
-from models.base import BaseModel, Visualize
+from models.base import BaseModel, Output, SegmentOutput, Visualize
 from models.common import SE, Classify, Proto, set_activation
 from models.grammar import LAYER_ERRORS
 from models.graph import Graph, Row
@@ -61,9 +61,9 @@ class Detect(nn.Module):
     """Boxes, objectness and class scores from one map per level.
 
     `anchors` are in pixels until whoever knows the strides divides by them. Training gives a list of raw tensors
-    (B, na, H, W, no), no = x, y, w, h, objectness, classes. Inference: (predictions (B, sum of na*H*W, no), that
-    list), where boxes are cxcywh in pixels of the input and scores are 0..1; rows run over levels, then anchors, rows
-    and columns. `export`: predictions alone, in a tuple.
+    (B, na, H, W, no), no = x, y, w, h, objectness, classes. Inference: `Output` of predictions (B, sum of na*H*W, no)
+    and that list, where boxes are cxcywh in pixels of the input and scores are 0..1; rows run over levels, then
+    anchors, rows and columns. `export`: predictions alone, in a tuple.
 
     Decoding, with cell g, stride s and anchor A in pixels: centre (2 sigmoid(t) + g - 0.5) s, size (2 sigmoid(t))^2 A.
     """
@@ -90,7 +90,7 @@ class Detect(nn.Module):
         if self.training:
             return raw
         predictions = self.decode(raw)
-        return (predictions,) if self.export else (predictions, raw)
+        return (predictions,) if self.export else Output(predictions, raw)
 
     def _raw(self, y: Tensor) -> Tensor:
         """(B, na*no, H, W) as (B, na, H, W, no)."""
@@ -185,7 +185,7 @@ class Detect(nn.Module):
 class Segment(Detect):
     """Detect with `nm` mask coefficients per row, and mask prototypes from the first level.
 
-    Training: (raw list, prototypes). Inference: (predictions, prototypes, raw list); `export`: without the list.
+    Training: (raw list, prototypes). Inference: `SegmentOutput`; `export`: (predictions, prototypes).
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Segment(Detect):
         found = super().forward(x)
         if self.training:
             return found, prototypes
-        return (found[0], prototypes) if self.export else (found[0], prototypes, found[1])
+        return (found[0], prototypes) if self.export else SegmentOutput(found[0], prototypes, found[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ building
@@ -291,8 +291,8 @@ class DetectionModel(BaseModel):
     """A network that ends in Detect (or Segment).
 
     `cfg` is a model YAML by path or bare name, an equal dict (left unchanged), or a graph. `nc` and `anchors` (so many
-    per level) replace the YAML's. Training returns the head's raw list, inference (predictions, raw list), `augment`
-    (predictions, None): see Detect. Batch-norm statistics of a new network are untouched. `seed`: see parse_model.
+    per level) replace the YAML's. Training returns the head's raw list, inference an `Output`, whose `raw` is None with
+    `augment`: see Detect. Batch-norm statistics of a new network are untouched. `seed`: see parse_model.
     """
 
     hyp: dict[str, Any]  # set by whoever trains
@@ -323,6 +323,11 @@ class DetectionModel(BaseModel):
     def head(self) -> Detect:
         """The last layer."""
         return self.model[-1]  # type: ignore[return-value]
+
+    @property
+    def num_masks(self) -> int:
+        """Mask coefficients at the end of each predicted row: 0 unless the network segments."""
+        return int(getattr(self.head, "nm", 0))
 
     def _init_head(self) -> None:
         """Measure the strides, put the anchors in their order and into cells, start the biases, set batch norms."""
@@ -376,7 +381,8 @@ class DetectionModel(BaseModel):
             return self.run_layers(x, profile, visualize)
         if isinstance(self.head, Segment):
             raise UserError("--augment: masks of several scales cannot be joined. Leave it out for this network.")
-        return augmented(lambda image: self.run_layers(image)[0], x, int(self.stride.max()), self.head.nl), None
+        views = augmented(lambda image: self.run_layers(image).predictions, x, int(self.stride.max()), self.head.nl)
+        return Output(views)
 
 
 Model = DetectionModel  # its name before v7.0

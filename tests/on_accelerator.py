@@ -32,6 +32,7 @@ from models.yolo import DetectionModel
 from utils import engine
 from utils.engine import EvalOptions, Trainer, TrainOptions, evaluate, train_one_epoch
 from utils.images import read_image
+from utils.inference import DetectOptions, Detector
 from utils.loss import ComputeLoss, scale_gains
 from utils.optim import ModelEMA, OptimHyp, Schedule, build_optimizer
 
@@ -126,11 +127,11 @@ def test_detection_with_other_flags_finds_on_the_accelerator_what_the_cpu_finds(
     assert ours == theirs and any(name.endswith(".txt") for name in ours)
 
 
-def test_the_predictor_warms_up_on_an_accelerator_and_not_on_a_cpu(runs: dict[str, argparse.Namespace]) -> None:
+def test_inference_warms_up_on_an_accelerator_and_not_on_a_cpu(runs: dict[str, argparse.Namespace]) -> None:
     for device, passes in ((CPU, 0), (DEVICE, 1)):
         model, seen = load_model(runs["cpu"].best, device), []
         model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        detect._Predictor([model], argparse.Namespace(), device).warm_up((SIZE, SIZE))
+        Detector(model, DetectOptions()).warm_up((SIZE, SIZE))
         assert len(seen) == passes
 
 

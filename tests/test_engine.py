@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ import torch
 from conftest import TinyDataset
 from torch import Tensor, nn
 
+from models.backends import PyTorch
+from models.base import Output
 from models.yolo import DetectionModel
 from utils.boxes import Letterbox
 from utils.config import UserError
 from utils.data import prepare
 from utils.dataloaders import Batch, LoaderOptions, build_loader
 from utils.engine import (
-    CPU_CHUNK,
     TABLE_HEADER,
-    Ensemble,
     EvalOptions,
     LossMonitor,
     NonFiniteLoss,
@@ -31,11 +32,10 @@ from utils.engine import (
     labels_to_draw,
     native_bf16,
     rescale,
-    round_up,
     table_rows,
-    to_float,
     train_one_epoch,
 )
+from utils.inference import CPU_CHUNK, round_up, to_float
 from utils.loss import ComputeLoss, scale_gains
 from utils.optim import ModelEMA, OptimHyp, Schedule, build_optimizer
 
@@ -65,6 +65,7 @@ class Oracle(nn.Module):
     ) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))  # evaluation asks a parameter for the device
+        self.names, self.num_masks, self.stride = dict.fromkeys(range(CLASSES), "x"), 0, torch.tensor([32.0])
         self.shift, self.wrong_class, self.confidence = shift, wrong_class, confidence
         self.answers: Iterator[Tensor] = iter([self._answer(batch, i) for batch in batches for i in range(len(batch))])
 
@@ -78,8 +79,8 @@ class Oracle(nn.Module):
         answer[torch.arange(len(rows)), 5 + wanted] = 1.0
         return answer
 
-    def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        return torch.stack([next(self.answers) for _ in images]), None
+    def forward(self, images: Tensor, **options: Any) -> Output:
+        return Output(torch.stack([next(self.answers) for _ in images]))
 
 
 def test_perfect_answers_get_full_marks_whatever_the_batch_size() -> None:
@@ -150,13 +151,13 @@ def test_an_image_without_labels_or_detections_is_seen_and_changes_nothing() -> 
     answers = [targets[targets[:, 0] == i] for i in range(3)]
 
     class Model(Oracle):
-        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        def forward(self, images: Tensor, **options: Any) -> Output:
             out = torch.zeros(len(images), 2, 5 + CLASSES)
             for i, rows in enumerate(answers):
                 out[i, : len(rows), :4] = rows[:, 2:] * SIZE
                 out[i, : len(rows), 4] = 0.9
                 out[i, torch.arange(len(rows)), 5 + rows[:, 1].long()] = 1.0
-            return out, None
+            return Output(out)
 
     result = evaluate(Model([]), [batch], QUIET)
     assert (result.seen, int(result.ap.instances.sum())) == (3, 4)
@@ -174,7 +175,7 @@ def test_classes_without_labels_get_the_mean_in_maps() -> None:
 def test_an_ensemble_puts_the_candidates_of_its_members_together() -> None:
     batches = [make_batch(2)]
     wrong, right = Oracle(batches, shift=500.0, confidence=0.3), Oracle(batches)
-    assert evaluate(Ensemble([wrong, right]), batches, QUIET).ap.map50 == pytest.approx(0.995)
+    assert evaluate(PyTorch([wrong, right]), batches, QUIET).ap.map50 == pytest.approx(0.995)
 
 
 def test_the_table_has_a_row_per_class_with_labels_in_upstreams_columns() -> None:

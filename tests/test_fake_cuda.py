@@ -5,11 +5,9 @@ Every test says which waits of the host for the device it allows; where it says 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,14 +15,14 @@ from fake_cuda import CUDA, fake_cuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from detect import _Predictor
+from models.backends import PyTorch
 from models.common import Conv, Gate
 from models.graph import layer_classes
 from models.yolo import DetectionModel, build_model
 from utils.boxes import Letterbox
 from utils.config import ROOT
 from utils.dataloaders import Batch
-from utils.engine import EvalOptions, _Detector, to_float
+from utils.inference import DetectOptions, Detector, to_float
 from utils.loss import ComputeLoss, _Pick, assign_targets, scale_gains
 
 SIZE, CLASSES = 128, 4
@@ -215,36 +213,20 @@ CLOCKED = ["synchronize cuda:0 in utils/runtime.py:_now"] * 5  # around pre-proc
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("augment", [False, True])
-def test_evaluation_waits_for_its_clocks_only_until_nms_reads_the_predictions(half: bool, augment: bool) -> None:
+def test_inference_waits_for_its_clocks_only_until_nms_reads_the_predictions(half: bool, augment: bool) -> None:
     model = network().eval().fuse()
     model = model.half() if half else model
-    options = EvalOptions(CLASSES, half=half, augment=augment)
     with fake_cuda() as cuda, torch.inference_mode():
-        detector = _Detector(model.to(CUDA), options, keep_raw=not augment)
+        detector = Detector(PyTorch([model.to(CUDA)]), DetectOptions(augment=augment), keep_raw=not augment)
         assert detector.device == CUDA and detector.dtype == (torch.float16 if half else torch.float32)
         cuda.waits.clear()
+        detector.warm_up((SIZE, SIZE))
+        assert cuda.waits == []
         with pytest.raises(DynamicOutputShapeException):  # how many boxes pass depends on values
-            detector(batch_of())
+            detector(images())
     after = cuda.waits[len(CLOCKED) :]
     assert cuda.waits[: len(CLOCKED)] == CLOCKED
     assert after[0] == "nonzero in utils/nms.py:non_max_suppression" and after[1:] in ([], CLOCKED[:1])
-
-
-def test_the_predictor_waits_for_its_clocks_only_until_nms_reads_the_predictions() -> None:
-    model = network().eval().fuse()
-    options = argparse.Namespace(
-        augment=False, conf_thres=0.25, iou_thres=0.45, classes=None, agnostic_nms=False, max_det=300
-    )
-    pictures = np.zeros((2, SIZE, SIZE, 3), np.uint8)
-    with fake_cuda() as cuda, torch.inference_mode():
-        predictor = _Predictor([model.to(CUDA)], options, CUDA)
-        cuda.waits.clear()
-        predictor.warm_up((SIZE, SIZE))
-        assert cuda.waits == []
-        with pytest.raises(DynamicOutputShapeException):
-            predictor(pictures, batch_of().letterboxes)
-    assert cuda.waits[: len(CLOCKED)] == CLOCKED
-    assert cuda.waits[len(CLOCKED)] == "nonzero in utils/nms.py:non_max_suppression"
 
 
 # --------------------------------------------------------------------------------------------------- the device itself

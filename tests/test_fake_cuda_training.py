@@ -13,7 +13,8 @@ from test_fake_cuda import SIZE, devices, images, network, targets
 from torch import nn
 
 from models.yolo import DetectionModel
-from utils.engine import ACCELERATOR_LOG_INTERVAL, LossMonitor, Trainer, TrainOptions, rescale, to_float
+from utils.engine import ACCELERATOR_LOG_INTERVAL, LossMonitor, Trainer, TrainOptions, rescale
+from utils.inference import to_float
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, build_optimizer
 from utils.training import build_trainer, restore_, training_state
 

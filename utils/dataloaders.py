@@ -479,3 +479,12 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
         LOGGER.warning(f"{options.prefix}--rect keeps the images in order of their shape: not shuffled.")
     dataset = ImageDataset(found.samples, options)
     return Loader(dataset, options), dataset
+
+
+def build_validation_loader(spec: DatasetSpec, task: str, **options: Any) -> Loader:
+    """Batches of a split as YOLOv5's protocol for mAP has them: rectangular, with half a stride of grey around.
+
+    `options` are those of `LoaderOptions`; they may replace the two.
+    """
+    how = LoaderOptions(**{"rect": True, "pad": 0.5, "prefix": f"{task}: ", **options})
+    return build_loader(spec, spec.split(task), how)[0]

@@ -20,24 +20,15 @@ from tqdm import tqdm
 from utils.augmentations import multi_scale_size
 from utils.boxes import cxcywhn_to_xyxy, undo_letterbox
 from utils.config import UserError
-from utils.dataloaders import Batch
+from utils.data import DatasetSpec
+from utils.dataloaders import Batch, build_validation_loader
+from utils.inference import DetectOptions, Detector, restore, to_float
 from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix, match
-from utils.nms import non_max_suppression
 from utils.optim import ModelEMA, Schedule
-from utils.runtime import LOGGER, Stopwatch
 
-# Images per forward pass on a CPU, whatever the batch: activations stay near the caches and memory stays low.
-CPU_CHUNK = 4
-MAX_IMGSZ = 16_384  # a square of it takes 3 GB as floats, before the network has seen it
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 TABLE_COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
 TABLE_HEADER = ("%22s" + "%11s" * 6) % TABLE_COLUMNS
-
-
-def to_float(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images `(B, 3, h, w)` as numbers in 0..1 on `device`, channels last; they travel as bytes."""
-    moved = images.to(device, non_blocking=True)
-    return moved.to(dtype, memory_format=torch.channels_last).div_(255)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -52,7 +43,6 @@ class EvalOptions:
     iou_thres: float = 0.6
     max_det: int = 300
     augment: bool = False
-    half: bool = False
     single_cls: bool = False
     hybrid: bool = False  # labels join the detections before NMS, for labelling with help
     confusion: bool = False
@@ -96,89 +86,12 @@ OnBatch = Callable[[int, Batch, list[Tensor]], None]  # batch number, batch, det
 OnImage = Callable[[ImageResult], None]
 
 
-class Ensemble(nn.Module):
-    """Several networks as one: their candidate boxes are put together before NMS.
-
-    Raises:
-        UserError: the networks' boxes have different numbers of classes or mask coefficients.
-    """
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.num_masks = num_masks(models)
-        self.models = nn.ModuleList(models)
-
-    def forward(self, images: Tensor, augment: bool = False) -> tuple[Tensor, None]:
-        """Images `(B, 3, h, w)` -> (candidates `(B, N1 + N2 + ..., 5 + classes)`, None)."""
-        return torch.cat([_forward(model, images, augment)[0] for model in self.models], 1), None
-
-
-def num_masks(networks: Sequence[nn.Module]) -> int:
-    """Mask coefficients at the end of each of the networks' candidate boxes: 0 unless they segment.
-
-    Raises:
-        UserError: networks that differ in this, or in their number of classes, cannot be put together.
-    """
-    heads = [getattr(network, "head", None) for network in networks]
-    first, *others = [(int(getattr(head, "nc", 0)), int(getattr(head, "nm", 0))) for head in heads]
-    for number, other in enumerate(others, 2):
-        if other != first:
-            raise UserError(
-                f"--weights: file {number} predicts {other[0]} classes and {other[1]} mask coefficients per box, "
-                f"file 1 {first[0]} and {first[1]}. An ensemble needs equal ones: leave one of the files out."
-            )
-    return first[1]
-
-
-def _forward(model: nn.Module, images: Tensor, augment: bool) -> tuple[Tensor, Any]:
-    output = model(images, augment=True) if augment else model(images)
-    return output[0], output[1] if len(output) > 1 else None
-
-
-class _Detector:
-    """Turns batches into detections, timing the three phases."""
-
-    def __init__(self, model: nn.Module, options: EvalOptions, keep_raw: bool) -> None:
-        self.model, self.options, self.keep_raw = model, options, keep_raw
-        self.device = next(model.parameters()).device
-        self.dtype = torch.float16 if options.half and self.device.type == "cuda" else torch.float32
-        # of segmentation networks: left out
-        self.num_masks = model.num_masks if isinstance(model, Ensemble) else num_masks([model])
-        self.clocks = tuple(Stopwatch(self.device) for _ in range(3))
-
-    def __call__(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Detections per image `(k, 6)` in letterboxed pixels, and the raw outputs per level when they are wanted."""
-        pre, inference, nms = self.clocks
-        options, total = self.options, len(batch.images)
-        known = self._labels(batch) if options.hybrid else []
-        chunk = CPU_CHUNK if self.device.type == "cpu" else total
-        detections: list[Tensor] = []
-        raws: list[Sequence[Tensor]] = []
-        for start in range(0, total, chunk):
-            with pre:
-                images = to_float(batch.images[start : start + chunk], self.device, self.dtype)
-            with inference:
-                prediction, raw = _forward(self.model, images, options.augment)
-            with nms:
-                detections += non_max_suppression(
-                    prediction,
-                    options.conf_thres,
-                    options.iou_thres,
-                    labels=known[start : start + chunk],
-                    multi_label=True,
-                    agnostic=options.single_cls,
-                    max_det=options.max_det,
-                    num_masks=self.num_masks,
-                )
-            if self.keep_raw:
-                raws.append(raw)
-        return detections, [torch.cat(level) for level in zip(*raws)]
-
-    def _labels(self, batch: Batch) -> list[Tensor]:
-        height, width = batch.images.shape[-2:]
-        targets = batch.targets.to(self.device)
-        rows = torch.cat((targets[:, 1:2], targets[:, 2:6] * targets.new_tensor((width, height, width, height))), 1)
-        return _by_image(rows, targets[:, 0], len(batch.images))
+def _labels(batch: Batch, device: torch.device) -> list[Tensor]:
+    """Every image's labels `(n, 5)` [class, cx, cy, w, h] in pixels of the batch, as NMS takes them."""
+    height, width = batch.images.shape[-2:]
+    targets = batch.targets.to(device)
+    rows = torch.cat((targets[:, 1:2], targets[:, 2:6] * targets.new_tensor((width, height, width, height))), 1)
+    return _by_image(rows, targets[:, 0], len(batch.images))
 
 
 def _by_image(rows: Tensor, image_index: Tensor, num_images: int) -> list[Tensor]:
@@ -191,13 +104,13 @@ def _by_image(rows: Tensor, image_index: Tensor, num_images: int) -> list[Tensor
 def _native(batch: Batch, detections: list[Tensor]) -> Iterator[ImageResult]:
     """Every image's detections and labels on the CPU, in pixels of the file. One transfer for the whole batch."""
     height, width = batch.images.shape[-2:]
-    found = torch.cat([rows[:, :6] for rows in detections]).float().cpu().split([len(rows) for rows in detections])
+    letterboxes = [box for box in batch.letterboxes if box is not None]
+    assert len(letterboxes) == len(batch), "evaluation needs to know how each image was letterboxed"
     targets = batch.targets.cpu()
     boxes = cxcywhn_to_xyxy(targets[:, 2:6], width, height)
     truths = _by_image(torch.cat((targets[:, 1:2], boxes), 1), targets[:, 0], len(batch.images))
-    for path, letterbox, rows, truth in zip(batch.paths, batch.letterboxes, found, truths):
-        assert letterbox is not None, "evaluation needs to know how each image was letterboxed"
-        rows = torch.cat((undo_letterbox(rows[:, :4], letterbox), rows[:, 4:]), 1)
+    found = restore(detections, letterboxes)
+    for path, letterbox, rows, truth in zip(batch.paths, letterboxes, found, truths):
         truth = torch.cat((truth[:, :1], undo_letterbox(truth[:, 1:], letterbox)), 1)
         yield ImageResult(path, letterbox.original_hw, rows, truth)
 
@@ -232,14 +145,23 @@ def evaluate(
     it needs `augment=False`. Numbers do not depend on the time anything takes: NMS has no time limit.
     """
     model.eval()
-    detector = _Detector(model, options, keep_raw=compute_loss is not None)
+    how = DetectOptions(
+        conf_thres=options.conf_thres,
+        iou_thres=options.iou_thres,
+        max_det=options.max_det,
+        agnostic=options.single_cls,
+        multi_label=True,
+        augment=options.augment,
+    )
+    detector = Detector(model, how, keep_raw=compute_loss is not None)
     average, thresholds = AveragePrecision(options.num_classes), torch.tensor(IOU_THRESHOLDS)
     confusion = ConfusionMatrix(options.num_classes) if options.confusion else None
     losses = torch.zeros(3, device=detector.device)
     seen = batches = 0
     bar = tqdm(loader, desc="Validating", bar_format=BAR_FORMAT, leave=False, disable=not options.progress)
     for batches, batch in enumerate(bar, 1):
-        detections, raw = detector(batch)
+        known = _labels(batch, detector.device) if options.hybrid else []
+        detections, raw = detector(batch.images, labels=known)
         if options.single_cls:
             for rows in detections:
                 rows[:, 5] = 0  # judged, drawn and written as the one class
@@ -257,9 +179,37 @@ def evaluate(
             seen += 1
     ap = average.compute()
     box, objectness, classes = (losses / max(batches, 1)).tolist()
-    pre, inference, nms = (1000 * clock.seconds / max(seen, 1) for clock in detector.clocks)
     maps = ap.maps(options.num_classes)
-    return EvalResult(ap, (box, objectness, classes), (pre, inference, nms), seen, confusion, maps)
+    return EvalResult(ap, (box, objectness, classes), detector.times_ms, seen, confusion, maps)
+
+
+def judge(
+    network: nn.Module,
+    spec: DatasetSpec,
+    task: str,
+    options: EvalOptions,
+    *,
+    imgsz: int,
+    batch_size: int,
+    on_batch: OnBatch | None = None,
+    on_image: OnImage | None = None,
+    **loading: Any,
+) -> EvalResult:
+    """Judge a network (see `models.backends`) on a split: `evaluate` on the protocol's batches of `imgsz` pixels.
+
+    `loading` are further `LoaderOptions`. A network made for one input size or batch gets square images and that batch.
+    """
+    batch_size = getattr(network, "batch_size", None) or batch_size
+    stride = max(int(torch.as_tensor(network.stride).max()), 32)  # type: ignore[arg-type]
+    if getattr(network, "size_hw", None) is not None:
+        loading = {"rect": False, **loading}
+    loader = build_validation_loader(
+        spec, task, imgsz=imgsz, batch_size=batch_size, stride=stride, single_cls=options.single_cls, **loading
+    )
+    try:
+        return evaluate(network, loader, options, on_batch=on_batch, on_image=on_image)
+    finally:
+        loader.close()
 
 
 def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool) -> list[str]:
@@ -273,20 +223,6 @@ def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool)
             values = (ap.precision[i], ap.recall[i], ap.ap[i, 0], ap.ap[i].mean())
             lines.append(row % (names[c], result.seen, ap.instances[i], *values))
     return lines
-
-
-def round_up(imgsz: int, stride: int, *, floor: int = 0) -> int:
-    """The image size as the next multiple of the network's stride, at least `floor`; a change is logged.
-
-    Raises:
-        UserError: a size whose images alone would fill the memory.
-    """
-    if imgsz > MAX_IMGSZ:
-        raise UserError(f"--imgsz {imgsz}: expected at most {MAX_IMGSZ} pixels.")
-    size = max(-(-int(imgsz) // stride) * stride, floor)
-    if size != imgsz:
-        LOGGER.warning(f"--imgsz {imgsz} is not a multiple of the network's stride {stride}: using {size}.")
-    return size
 
 
 # ------------------------------------------------------------------------------------------------------------ training

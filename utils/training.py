@@ -15,7 +15,7 @@ from utils.augmentations import TRANSFORMS
 from utils.autoanchor import AnchorHyp, check_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
-from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader
+from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
 from utils.loss import ComputeLoss, LossHyp, scale_gains
@@ -57,7 +57,6 @@ def build_loaders(
         stride=stride,
         single_cls=options.single_cls,
         workers=options.workers,
-        rect=options.rect,
         max_pixels=options.max_megapixels * 1_000_000,
     )
     cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
@@ -65,6 +64,7 @@ def build_loaders(
     train_options = LoaderOptions(
         **common,
         batch_size=per_process,
+        rect=options.rect,
         augment=True,
         hyp=hyp,
         cache=cache,
@@ -78,9 +78,7 @@ def build_loaders(
     if not is_main():
         return loader, dataset, None
     val_cache: Literal["ram", "disk"] | None = "ram" if options.cache == "val" else cache
-    common["rect"] = True
-    val_options = LoaderOptions(**common, batch_size=2 * per_process, pad=0.5, cache=val_cache, prefix="val: ")
-    return loader, dataset, build_loader(spec, spec.split("val"), val_options)[0]
+    return loader, dataset, build_validation_loader(spec, "val", **common, batch_size=2 * per_process, cache=val_cache)
 
 
 def fit_anchors_(

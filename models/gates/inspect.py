@@ -21,8 +21,8 @@ from models.yolo import DetectionModel
 from utils.augmentations import letterbox
 from utils.config import UserError, check_minimum, display_path
 from utils.downloads import find_weights
-from utils.engine import round_up, to_float
 from utils.files import make_run_dir
+from utils.inference import round_up, to_float
 from utils.plots import plot_gates
 from utils.runtime import LOGGER, select_device
 from utils.sources import open_source
