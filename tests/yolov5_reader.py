@@ -171,3 +171,13 @@ def load(path: str | Path, version: str, more: dict[str, Any] | None = None) -> 
     with zipfile.ZipFile(path) as archive:
         assert archive.read("archive/version").strip() == b"3"
         return _Unpickler(archive, version, more or {}).load()
+
+
+class BuiltConv(COMMON["Conv"]):  # type: ignore[misc]
+    """The block as code pasted into YOLOv5 builds it, and as a file names it."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, p: int | None = None, g: int = 1, act: Any = True):
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, k // 2 if p is None else p, groups=g, bias=False)
+        self.bn = nn.BatchNorm2d(c2)
+        self.act = act if isinstance(act, nn.Module) else nn.SiLU() if act else nn.Identity()

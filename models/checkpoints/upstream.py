@@ -129,7 +129,6 @@ def _foreign_layers(model: DetectionModel, where: str, *, allowed: bool) -> list
 
 def _remove_gains(model: DetectionModel, where: str) -> None:
     """Give every SE a gain of 1 and its YAML row no gain, with the network's output unchanged, in place."""
-    rows = [row for section in ("backbone", "head") for row in model.yaml[section]]
     for row in model.graph.rows:
         if row.module != "SE":
             continue
@@ -139,6 +138,7 @@ def _remove_gains(model: DetectionModel, where: str) -> None:
                 f"{where}: row {row.index} is SE with a gain, which YOLOv5's SE does not have, and {obstacle}."
                 " Start the gate with --gate absorbed, or train it without a gain."
             )
+        rows = [raw for section in ("backbone", "head") for raw in model.yaml[section]]
         rows[row.index][3] = rows[row.index][3][:2]  # channels and reduction
 
 

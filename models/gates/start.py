@@ -118,7 +118,7 @@ def absorb_gain_(model: DetectionModel, index: int) -> str:
     gain = gates[-1].gain
     if len(gates) > 1:
         return "a gate reads what another one's gain multiplies"
-    if gain <= 0 or math.frexp(gain)[0] != 0.5:
+    if math.frexp(gain)[0] != 0.5:
         return f"its gain of {gain:g} is no power of two, so that taking it into other weights would round them"
     edits, obstacle = absorbing(model, index, 1 / gain)
     if obstacle:
