@@ -54,8 +54,6 @@ class PyTorch(Backend):
         self.names, self.num_masks = dict(first.names), int(first.num_masks)
         self.task = "segment" if self.num_masks else "detect"
         self.stride = max(32, *(int(network.stride.max()) for network in networks))  # type: ignore[operator, union-attr]
-        parameter = next(first.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
         for number, network in enumerate(networks[1:], 2):
             other: Any = network
             if (len(other.names), other.num_masks) != (len(self.names), self.num_masks):
@@ -69,6 +67,21 @@ class PyTorch(Backend):
                     f"--weights: the classes of file {number} differ from those of file 1. An ensemble needs the same "
                     "classes: leave one of the files out."
                 )
+
+    @property
+    def model(self) -> nn.Module:
+        """The first network."""
+        return self.networks[0]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the parameters are now: unlike an exported network this one can be moved."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """That of the parameters now."""
+        return next(self.parameters()).dtype
 
     def forward(self, images: Tensor, augment: bool = False, visualize: Any = None) -> Any:
         """See `Backend`; `visualize` as in `BaseModel.run_layers`."""

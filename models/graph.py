@@ -30,6 +30,7 @@ MAX_CHANNELS, MAX_REPEATS, MAX_LAYERS, MAX_STRIDE = 1 << 16, 1000, 1000, 512
 MAX_ANCHORS, MAX_ANCHOR = 100, 1e6  # per level; pixels
 # torch's files of layers that no row can use; some make as many parts as a number says
 NOT_OF_MAPS = ("rnn", "transformer", "container")
+LAZY = "Lazy"  # torch's layers of unknown size begin so
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def layer_classes() -> dict[str, type[nn.Module]]:
         for name, c in vars(file).items()
         if _is_layer(c) and c.__module__ == file.__name__ and c not in (common.ScaledLayer, common.Gate)
     }
-    torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c)}
+    torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c) and not name.startswith(LAZY)}
     return {**ours, **{name: c for name, c in torchs.items() if c.__module__.split(".")[-1] not in NOT_OF_MAPS}}
 
 
@@ -278,6 +279,8 @@ class _Reader:
             raise UserError(f"{where}: reads {len(sources)} layers, but takes one. Join them with a Concat row first.")
         self._warn(row)
         if module in HEADS:
+            if repeats > 1:
+                raise UserError(f"{where}: a head stands once: write 1 for its number, found {number!r}.")
             return self._head(row)
         try:
             row = replace(row, channels=self._channels(row))

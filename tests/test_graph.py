@@ -227,6 +227,8 @@ MISTAKES = [
     (ROW, "  - [-1, 1, C3, [nc // 0]]", "tiny.yaml:10: layer 2 C3: 'nc // 0' has no value"),
     ("[-1, 1, Conv, [16", "[0, 1, Conv, [16", "tiny.yaml:8: layer 0 Conv: the first layer reads the image: write -1"),
     ("[[-1, 2], 1, Concat", "[[-1, 1, 0], 1, Concat", "tiny.yaml:14: layer 5 Concat: joins maps of different sizes: "),
+    (ROW, "  - [-1, 1, nn.LazyConv2d, [16, 1]]", "tiny.yaml:10: layer 2 names an unknown module 'nn.LazyConv2d'."),
+    ("[[6, 3], 1", "[[6, 3], 9", "tiny.yaml:16: layer 7 Detect: a head stands once: write 1 for its number, found 9."),
     ("Detect, [nc, anchors]", "Detect, [nc]", "tiny.yaml:16: layer 7 Detect: its arguments must be [nc, anchors]"),
     ("[[6, 3], 1", "[[6, 3, 1], 1", "tiny.yaml:16: layer 7 Detect: reads 3 layers, but 'anchors' has 2 levels."),
     ("nc: 2", "nc: two", "tiny.yaml:1: 'nc' must be the number of classes, found 'two'."),

@@ -254,9 +254,16 @@ def write_image(file: str | Path, image: np.ndarray, parameters: Sequence[int] =
 
 
 def save_crop(
-    xyxy: Sequence[float] | np.ndarray, image: np.ndarray, file: str | Path, *, gain: float = 1.02, pad: float = 10
+    xyxy: Sequence[float] | np.ndarray,
+    image: np.ndarray,
+    file: str | Path | None,
+    *,
+    gain: float = 1.02,
+    pad: float = 10,
 ) -> np.ndarray:
     """Write the part of a BGR image around a box as JPEG (quality 95, colour not subsampled) and return it.
+
+    Nothing is written where `file` is None.
 
     The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image.
     """
@@ -266,6 +273,8 @@ def save_crop(
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(int(cx - half_w), 0), max(int(cy - half_h), 0)
     crop = image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]
+    if file is None:
+        return crop
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)

@@ -115,18 +115,22 @@ def write_yaml(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def make_run_dir(options: argparse.Namespace, inside: str = "") -> Path:
-    """The run folder `project/name`, together with a folder inside it; a new one, numbered, unless `exist_ok`.
+    """The run folder `project/name` of a script's options; see `make_new_dir`."""
+    return make_new_dir(Path(options.project) / options.name, inside, exist_ok=options.exist_ok)
+
+
+def make_new_dir(wanted: Path, inside: str = "", *, exist_ok: bool = False) -> Path:
+    """The folder `wanted`, together with a folder inside it; a new one, numbered, unless `exist_ok`.
 
     Of several runs started at once each gets its own: making a folder is what decides, not looking for it.
 
     Raises:
         UserError: a file is in the way, the place may not be written to, or the name is none.
     """
-    wanted = Path(options.project) / options.name
     run_dir = wanted
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
-        if options.exist_ok:
+        if exist_ok:
             wanted.mkdir(exist_ok=True)
         else:
             run_dir = _make_numbered(wanted)
