@@ -161,7 +161,7 @@ def _code_for(extra: Iterable[type[nn.Module]], name: str) -> str:
     ]
     if theirs:
         note += ["", f"Also needed in its models/common.py, as you have it here: {', '.join(theirs)}."]
-    parts = [Gate, attention.zero_, attention.odd, *ours]
+    parts: list[Any] = [Gate, attention.zero_, attention.odd, *ours]
     imports = [
         "from __future__ import annotations",
         "import math",
