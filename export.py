@@ -113,10 +113,10 @@ def _run(options: argparse.Namespace) -> list[str]:
         source = Path(find_weights(weights))
         reference = load(source, device)
         reference.size_hw = size_hw = input_hw(options.imgsz, reference)
-        how = _export_options(options, source, size_hw, reference)
+        how = export_options(options, source, size_hw, reference)
         for name in options.include:
             KINDS[name].check(how)
-        images = _images(options, size_hw, "val", COMPARED_IMAGES)
+        images = load_images(options, size_hw, "val", COMPARED_IMAGES)
         for name in options.include:
             path = KINDS[name].export(reference.model, source.with_suffix(""), how)
             LOGGER.info(f"{name}: {display_path(path)} ({size_mb(path):.1f} MB)")
@@ -151,21 +151,21 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--half and --int8 are two precisions: choose one.")
 
 
-def _export_options(
+def export_options(
     options: argparse.Namespace, source: Path, size_hw: tuple[int, int], reference: Backend
 ) -> ExportOptions:
     from models.backends import ExportOptions
 
     if options.nms and reference.num_masks:
         raise UserError("--nms: not for segmentation networks, whose rows also hold mask coefficients.")
-    calibration = _images(options, size_hw, "train", CALIBRATION_IMAGES) if options.int8 else []
+    calibration = load_images(options, size_hw, "train", CALIBRATION_IMAGES) if options.int8 else []
     same = ("batch_size", "half", "int8", "dynamic", "simplify", "opset", "nms", "conf_thres", "iou_thres", "topk_all",
             "topk_per_class", "with_code")  # fmt: skip
     chosen = {key: getattr(options, key) for key in same}
     return ExportOptions(size_hw=size_hw, source=source, calibration=calibration, **chosen)
 
 
-def _images(options: argparse.Namespace, size_hw: tuple[int, int], task: str, most: int) -> list[Tensor]:
+def load_images(options: argparse.Namespace, size_hw: tuple[int, int], task: str, most: int) -> list[Tensor]:
     """Images of the dataset, or of the repository, as a network takes them: float (1, 3, h, w) in 0..1."""
     import torch
 
@@ -201,10 +201,14 @@ def _compared(
     name: str,
 ) -> list[str]:
     """Log by how much a file differs from its checkpoint; a sentence for each bound that it exceeds."""
+    if how.dynamic:  # a second size, which is neither square nor the one that was traced
+        height = how.size_hw[0] // 2 // reference.stride * reference.stride or reference.stride
+        images = [*images, images[0][:, :, :height]]
     box, score = difference(network, reference, images, how)
     found = {"pixels": (box, bounds.box), "score": (score, bounds.score)}
     if options.data:
         is_final = getattr(network, "is_final", False)
+        network.size_hw = how.size_hw  # of a dynamic one, too: the same images for both
         judged = [mean_ap(each, options.data, how if is_final else None) for each in (network, reference)]
         found["mAP50-95"] = (abs(judged[0] - judged[1]), bounds.map)
         LOGGER.info(f"  mAP50-95 {judged[0]:.4f}, of the checkpoint {judged[1]:.4f}")
@@ -252,14 +256,14 @@ def _final_difference(found: Tensor, wanted: Tensor, num_classes: int, how: Expo
     ours, theirs = (non_max_suppression(rows, how.conf_thres, **limits)[0] for rows in (wanted, found))
     box, score = 0.0, 0.0
     for ones, others in ((ours, theirs), (theirs, ours)):
-        for one in ones:
+        for one in ones[ones[:, 4] >= SURE]:  # what stands at the threshold, or is the last that fits, may differ
             same = others[others[:, 5] == one[5]]
             gaps = (same[:, :4] - one[:4]).abs().amax(1)
             if len(gaps) and float(gaps.min()) < how.size_hw[0] / 20:
                 nearest = same[gaps.argmin()]
                 box, score = max(box, float(gaps.min())), max(score, abs(float(nearest[4] - one[4])))
             else:
-                score = max(score, float(one[4]) - how.conf_thres)
+                score = max(score, float(one[4]) - max(SURE, how.conf_thres))
     return box, score
 
 

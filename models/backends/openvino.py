@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from models.yolo import DetectionModel
 from utils.config import UserError
 from utils.files import write_yaml
 from utils.runtime import LOGGER
-
-ACCELERATORS = {"cuda": "GPU", "mps": "CPU"}
 
 
 class OpenVINO(Exported):
@@ -89,6 +88,7 @@ def _quantized(nncf: Any, model: Any, options: ExportOptions) -> Any:
     """The model in int8, its ranges measured on the calibration images, the decoding of boxes left as it is."""
     if not options.calibration:
         raise UserError("--int8: needs images to measure ranges on. Name the dataset with --data.")
+    logging.getLogger("nncf").setLevel(logging.WARNING)  # it names every operation it leaves alone
     LOGGER.info(f"calibrating int8 on {len(options.calibration)} images")
     repeated = [image.expand(options.batch_size, -1, -1, -1).numpy() for image in options.calibration]
     return nncf.quantize(
