@@ -103,6 +103,7 @@ def _run(options: argparse.Namespace) -> list[str]:
     _check(options)
     from models.backends import FORMATS as KINDS
     from models.backends import load
+    from utils.data import prepare
     from utils.downloads import find_weights
     from utils.inference import input_hw
 
@@ -116,6 +117,10 @@ def _run(options: argparse.Namespace) -> list[str]:
         how = export_options(options, source, size_hw, reference)
         for name in options.include:
             KINDS[name].check(how)
+        if options.data and len(reference.names) != (count := prepare(options.data).num_classes):
+            raise UserError(
+                f"--data {options.data}: names {count} classes, but the network knows {len(reference.names)}."
+            )
         images = load_images(options, size_hw, "val", COMPARED_IMAGES)
         for name in options.include:
             path = KINDS[name].export(reference.model, source.with_suffix(""), how)
@@ -273,8 +278,6 @@ def mean_ap(network: Backend, data: str, final: ExportOptions | None = None) -> 
     from utils.engine import EvalOptions, judge
 
     spec = prepare(data, task="val")
-    if len(network.names) != spec.num_classes:
-        raise UserError(f"--data {data}: names {spec.num_classes} classes, but the network knows {len(network.names)}.")
     protocol = EvalOptions(num_classes=spec.num_classes, progress=False)
     if final is not None:
         limits = {"conf_thres": final.conf_thres, "iou_thres": final.iou_thres, "max_det": final.topk_all}

@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py --weights yolov5n.pt --img 320
 
-The gates stand behind SPPF of yolov5n. Their networks take over the checkpoint's weights; each gate's own are random, so
-that it does something. Images are those in data/images, or of `--data`.
+The gates stand behind SPPF of yolov5n. Their networks take over the checkpoint's weights and start neutral; then the
+gates' own weights are moved at random, so that they do something and the network still finds what it found.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def networks(weights: str, folder: Path) -> Any:
 
     from models.checkpoints.files import read, save
     from models.gates.insert import Insertion, insert
+    from models.gates.start import gates_in
     from models.gates.transfer import transfer
     from models.graph import gates
     from models.graph import read as read_graph
@@ -69,7 +70,9 @@ def networks(weights: str, folder: Path) -> Any:
     for name, cfg in cases.items():
         torch.manual_seed(0)
         model = build_model(cfg, nc=checkpoint.num_classes)
-        transfer(model, checkpoint, gate="random")
+        transfer(model, checkpoint, gate="gain")
+        for part in (part for layer in model.model for gate in gates_in(layer) for part in gate.parameters()):
+            part.data.add_(0.1 * torch.randn_like(part))
         file = folder / f"{name.replace(' ', '-')}.pt"
         content = {"model": model.state_dict(), "yaml": model.yaml, "names": checkpoint.names, "stride": model.stride}
         yield name, save(file, content)

@@ -98,7 +98,7 @@ class Exported(Backend):
     @classmethod
     def bounds(cls, options: ExportOptions) -> Bounds:
         """What the format keeps of a network, here of one whose numbers stay as precise as they are."""
-        return Bounds(2.0, 0.02, 0.003) if options.half else Bounds(0.05, 1e-3, 0.003)
+        return Bounds(8.0, 0.03, 0.003) if options.half else Bounds(0.05, 1e-3, 0.003)
 
     def run(self, images: Tensor) -> list[Tensor]:
         """The file's outputs for images as `forward` takes them."""

@@ -117,7 +117,7 @@ class ONNX(Exported):
         onnx = needed("onnx", "--include onnx")
         model = onnx.load_from_string(_exported(network, options))
         if options.nms:
-            model = _with_suppression(onnx, model, options)
+            model = with_suppression(onnx, model, options)
         if options.simplify:
             model = needed("onnxslim", "--simplify").slim(model)
         metadata = describe(network, options)
@@ -132,7 +132,7 @@ class ONNX(Exported):
     def run(self, images: Tensor) -> list[Tensor]:
         outputs = self.session.run(None, {self.input: np.ascontiguousarray(images.cpu().numpy())})
         tensors = [torch.from_numpy(output) for output in outputs]
-        return [_as_predictions(tensors[0], len(self.names))] if self.is_final else tensors
+        return [as_predictions(tensors[0], len(self.names))] if self.is_final else tensors
 
 
 def _exported(network: DetectionModel, options: ExportOptions) -> bytes:
@@ -164,7 +164,7 @@ def _exported(network: DetectionModel, options: ExportOptions) -> bytes:
         return file.read_bytes()
 
 
-def _with_suppression(onnx: Any, model: Any, options: ExportOptions) -> Any:
+def with_suppression(onnx: Any, model: Any, options: ExportOptions) -> Any:
     """The model followed by non-maximum suppression."""
     text = SUPPRESSION.format(
         opset=options.opset,
@@ -191,7 +191,7 @@ def _metadata(stated: Mapping[str, str], where: str) -> dict[str, Any]:
     return values
 
 
-def _as_predictions(detections: Tensor, num_classes: int) -> Tensor:
+def as_predictions(detections: Tensor, num_classes: int) -> Tensor:
     """Final detections (B, K, 6) as rows (B, K, 5 + classes) of a network's output."""
     low, high, confidence, number = detections.float().split((2, 2, 1, 1), 2)
     classes = torch.nn.functional.one_hot(number[..., 0].long(), num_classes).float()

@@ -28,4 +28,4 @@ class YOLOv5(Exported):
 
     @classmethod
     def bounds(cls, options: ExportOptions) -> Bounds:
-        return Bounds(2.0, 0.02, 0.003)  # of weights in half precision
+        return Bounds(8.0, 0.03, 0.003)  # of weights in half precision
