@@ -93,7 +93,7 @@ class Exported(Backend):
     @classmethod
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
         """Write the network beside `stem`, a path without a suffix; the file or folder written."""
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} must define `export`")
 
     @classmethod
     def bounds(cls, options: ExportOptions) -> Bounds:
@@ -102,7 +102,7 @@ class Exported(Backend):
 
     def run(self, images: Tensor) -> list[Tensor]:
         """The file's outputs for images as `forward` takes them."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define `run`")
 
     def forward(self, images: Tensor, augment: bool = False, visualize: Any = None) -> Any:
         """See `Backend`; an exported network has no layers to look at and takes no other sizes."""
