@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train
-from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
+from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import write_texts
 from utils.runtime import LOGGER, run_script, select_device, setup_logging
 
@@ -63,7 +63,7 @@ def build_parser() -> ArgumentParser:
     add("--jobs", type=int, default=1, help="cells at once on a machine, which share its cores")
     add("--engine", choices=["local", "ray"], default="local", help="processes here, or the slots of a Ray cluster")
     add("--devices", default="", help="CUDA numbers that the jobs are spread over: 0,1,2,3")
-    add("--project", default=str(ROOT / "runs/ablate"), help="folder of the ablations")
+    add("--project", default=str(WORK / "runs/ablate"), help="folder of the ablations")
     add("--name", default="exp", help="name of this one; the same name goes on where it stopped")
     return parser
 
@@ -174,6 +174,7 @@ def judge(weights: Path, cell: Cell) -> dict[str, Any]:
         batch_size=16,
         workers=0,
         max_pixels=cell.options["max_megapixels"] * 1_000_000,
+        skip_bad=cell.options["skip_bad"],
         prefix="",
         on_image=found.append,
     )

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
+from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
 from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
@@ -60,7 +60,7 @@ def build_parser() -> ArgumentParser:
     add("--augment", action="store_true", help="look at three scales and a flip: slower, finds a little more")
     add("--visualize", action="store_true", help="write the feature maps of every layer")
     add("--update", action="store_true", help="afterwards strip the training state from our own weights file, in place")
-    add("--project", default=str(ROOT / "runs/detect"), help="results go to project/name")
+    add("--project", default=str(WORK / "runs/detect"), help="results go to project/name")
     add("--name", default="exp", help="results go to project/name")
     add("--exist-ok", action="store_true", help="write into project/name even if it exists")
     add("--line-thickness", type=int, default=3, help="of boxes, in pixels")

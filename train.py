@@ -11,13 +11,26 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ROOT, ArgumentParser, UserError, check_hyp, check_minimum, display_path, options_from, read_hyp
+from utils.config import (
+    ROOT,
+    WORK,
+    ArgumentParser,
+    UserError,
+    check_hyp,
+    check_minimum,
+    command_of,
+    display_path,
+    options_from,
+    read_hyp,
+)
 from utils.distributed import rank, rank_zero_first, world_size
 from utils.files import make_run_dir, remove_leftovers
 from utils.runtime import LOGGER, init_seeds, run_script, select_device, setup_logging
@@ -34,19 +47,6 @@ if TYPE_CHECKING:
     from utils.recorder import Recorder
 
 PLOTTED_BATCHES = 3
-# Accepted, so that an old command line is understood, and answered with what to use instead: (flag, argparse, answer).
-NOT_OFFERED: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("--image-weights", {"action": "store_true"}, "Repeat the rare images in a .txt list given as `train:` instead."),
-    ("--quad", {"action": "store_true"}, "Use --multi-scale, or a larger --imgsz."),
-    ("--evolve", {"nargs": "?", "type": int, "const": 300}, "Change one key of a copy of the --hyp file per run."),
-    ("--evolve_population", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
-    ("--resume_evolve", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
-    ("--bucket", {"default": ""}, "Copy the run folder with your cloud's own tool."),
-    ("--entity", {}, "It is for a remote logger: use results.csv or TensorBoard."),
-    ("--upload_dataset", {"nargs": "?", "const": True, "default": False}, "Use results.csv or TensorBoard."),
-    ("--bbox_interval", {"type": int, "default": -1}, "Look at the pictures in the run folder."),
-    ("--artifact_alias", {"default": "latest"}, "Give --weights a path."),
-)
 
 
 def build_parser() -> ArgumentParser:
@@ -78,7 +78,7 @@ def build_parser() -> ArgumentParser:
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
     add("--workers", type=int, default=8, help="most loader processes per device")
-    add("--project", default=str(ROOT / "runs/train"), help="folder of the runs")
+    add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
     add("--cos-lr", action="store_true", help="cosine learning rate instead of linear")
@@ -87,6 +87,7 @@ def build_parser() -> ArgumentParser:
     add("--freeze", nargs="+", type=int, default=[0], help="N: layers 0 to N-1; several numbers: exactly these")
     add("--save-period", type=int, default=-1, help="also keep every n-th epoch's checkpoint")
     add("--seed", type=int, default=0, help="seed of everything random")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
     add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     add("--local_rank", "--local-rank", type=int, default=-1, help="set by old launchers; not needed")
     group = parser.add_argument_group("understood, but not offered (the answer says what to use instead)")
@@ -122,74 +123,17 @@ def _run(given: Mapping[str, Any]) -> argparse.Namespace:
     resumed = None
     if options.resume:
         options, resumed = _resumed(options, given)
+    left_out = {_option_name(flag) for flag, *_ in NOT_OFFERED} | (
+        {"hyp"} if isinstance(options.hyp, Mapping) else set()
+    )
+    LOGGER.info(_listed("train", {key: value for key, value in vars(options).items() if key not in left_out}))
     device = select_device(options.device, options.batch_size)
     with process_group(device, options.batch_size):
         return Training(options, device, resumed).run()
 
 
-def check(options: argparse.Namespace) -> None:
-    defaults = build_parser().parse_args([])
-    for flag, _, answer in NOT_OFFERED:
-        name = flag.lstrip("-").replace("-", "_")
-        if getattr(options, name) != getattr(defaults, name):
-            raise UserError(f"{flag} is not offered. {answer}")
-    if not (options.weights or options.cfg or options.resume):
-        raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
-    if options.insert and not options.cfg:
-        raise UserError("--insert needs the YAML to insert into: add --cfg yolov5s.yaml.")
-    if (options.gate or options.min_transfer) and (not options.weights or options.transfer == "none"):
-        raise UserError("--gate and --min-transfer are about what comes from --weights, but nothing is copied here.")
-    if options.autoanchor and options.noautoanchor:
-        raise UserError("--autoanchor and --noautoanchor contradict each other. Give one of them.")
-    check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0, max_megapixels=1)
-    if options.batch_size < 1 and options.batch_size != -1:
-        raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
-    if not 0 <= options.label_smoothing < 1:
-        raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
-    if options.cache not in (None, "ram", "disk", "val"):
-        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
-
-
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[argparse.Namespace, Checkpoint]:
-    """The options of an interrupted run and its last checkpoint; of those `given`, only --device and --workers count.
-
-    A warning names the others where they differ.
-    """
-    from models.checkpoints.files import read
-    from utils.recorder import newest_checkpoint
-
-    file = newest_checkpoint([Path("runs"), ROOT / "runs"]) if options.resume is True else Path(options.resume)
-    if not file.is_file():
-        raise UserError(f"--resume {file}: no such file. Give the path of a run's weights/last.pt.")
-    checkpoint = read(file)
-    if not checkpoint.ours:
-        raise UserError(f"{file}: not written by this program, so not resumable. Start from it with --weights {file}.")
-    if checkpoint.training is None:
-        raise UserError(f"{file}: a finished run (stripped). Train further with --weights {file} --epochs ...")
-    defaults = build_parser().parse_args([])
-    stored = {key: value for key, value in checkpoint.opt.items() if hasattr(defaults, key)}
-    merged = argparse.Namespace(**{**vars(defaults), **stored})
-    for name in given.keys() & {"device", "workers"}:
-        setattr(merged, name, getattr(options, name))
-    merged.resume, merged.hyp = str(file), checkpoint.hyp
-    ignored = [f"--{name.replace('_', '-')}" for name in given if _differs(options, merged, name)]
-    if ignored:
-        LOGGER.warning(
-            f"--resume goes on as the run was started: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} "
-            f"ignored. To train with other settings, start a new run from its weights: --weights {file} --epochs N."
-        )
-    LOGGER.info(f"Resuming {display_path(file)} after epoch {checkpoint.epoch}")
-    return merged, checkpoint
-
-
-def _differs(options: argparse.Namespace, merged: argparse.Namespace, name: str) -> bool:
-    """Whether an option asks for something else than what the resumed run does."""
-    if name == "hyp":
-        return {**merged.hyp, **read_hyp(options.hyp)} != merged.hyp
-    return name not in ("resume", "local_rank") and getattr(options, name) != getattr(merged, name)
+def _listed(title: str, values: Mapping[str, Any]) -> str:
+    return f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}"
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -202,13 +146,15 @@ class Training:
         from utils.data import prepare
         from utils.distributed import is_main
         from utils.downloads import find_weights
-        from utils.optim import EarlyStopping
+        from utils.optim import EarlyStopping, describe
+        from utils.progress import EpochLog
         from utils.training import HYP_OWNERS, build_loaders, build_trainer, fit_anchors_, freeze_, restore_
 
         self.options, self.device, self.resumed, self.main = options, device, resumed, is_main()
         self.hyp = check_hyp(read_hyp(options.hyp), HYP_OWNERS)
         if options.label_smoothing:
             self.hyp["label_smoothing"] = options.label_smoothing
+        LOGGER.info(_listed("hyperparameters", self.hyp))
         init_seeds(options.seed + max(rank(), 0))
         with rank_zero_first():  # what is missing here and cannot be fetched is said before anything is built
             self.weights = find_weights(options.weights) if options.weights and resumed is None else None
@@ -220,17 +166,177 @@ class Training:
         frozen = freeze_(self.model.model, options.freeze)
         stride = max(int(self.model.stride.max()), 32)
         self._fix_sizes(stride)
+        if self.main:
+            self.model.info(options.imgsz)
         self.save_dir = self._make_save_dir()
         self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
         self.trainer: Trainer = build_trainer(self.model, self.loader, options, self.hyp, frozen)
+        LOGGER.info(describe(self.trainer.optimizer))
         self.stopping: EarlyStopping = EarlyStopping(options.patience)
+        self.log, self.finished = EpochLog(LOGGER.info), False
         self.start_epoch = 0
         if resumed is not None:
             restore_(self.trainer, self.stopping, resumed.training)
             self.start_epoch = resumed.epoch + 1
+
+    def run(self) -> argparse.Namespace:
+        """All remaining epochs and the final validation; the options with `save_dir`, `best` and `results`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, with the command that goes on from the last checkpoint, where there is one.
+        """
+        try:
+            self._announce()
+            begun, done = time.monotonic(), 0
+            for epoch in self._epochs():
+                self.loader.set_epoch(epoch)
+                self.log.begin()
+                losses = self._train(epoch)
+                done += 1
+                if self._finish_epoch(epoch, losses):
+                    break
+            self.loader.close()
+            if done:
+                LOGGER.info(f"\n{done} epochs completed in {(time.monotonic() - begun) / 3600:.3f} hours.")
+            self.options.save_dir = self.save_dir
+            if self.main:
+                self._finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*self._how_to_go_on()) from None
+        return self.options
+
+    def _epochs(self) -> range:
+        """Those left to train: none for a run that was killed after its last one, or after its early stop."""
+        return range(self.start_epoch, self.options.epochs if not self.stopping.stop else 0)
+
+    def _train(self, epoch: int) -> Iterable[float]:
+        """One epoch of training; its mean box, objectness and class losses."""
+        from utils.engine import NonFiniteLoss, train_one_epoch
+
+        try:
+            losses = train_one_epoch(self.trainer, self.loader, epoch, on_batch=self._plot_batch(epoch))
+        except NonFiniteLoss as error:
+            last = self.save_dir / "weights/last.pt"
+            kept = f" The last good checkpoint is {display_path(last)}." if last.exists() else ""
+            raise UserError(f"epoch {epoch}: {error}{kept}") from None
+        self.log.trained(self.trainer.row, len(self.loader))
+        return losses
+
+    def _finish_epoch(self, epoch: int, losses: Iterable[float]) -> bool:
+        """Validate, record and save one epoch; whether training ends with it."""
+        from utils.distributed import agreed
+        from utils.engine import TABLE_HEADER, table_rows
+
+        options, stop = self.options, False
+        if self.main:
+            last = epoch == options.epochs - 1
+            summary, improved, table = (0.0,) * 7, False, []
+            if judged := last or not options.noval:
+                model = copy.deepcopy(self.trainer.ema.ema).fuse()
+                result = self._judge(model, pictures=False)
+                summary, improved = result.summary, self.stopping.update(epoch, result.fitness)
+                stop = self.stopping.stop
+                table = [TABLE_HEADER, *table_rows(result, self.names, per_class=False)]
+            self.log.finished(self.trainer.row, summary[:4] if judged else (), table)
+            rates = [group["lr"] for group in self.trainer.optimizer.param_groups]
+            self.recorder.log(epoch, [*losses, *summary, *rates])
+            if last or stop or not options.nosave:
+                self._save(epoch, improved=improved)
+            if stop:
+                LOGGER.info(
+                    f"Stopped: no improvement for {options.patience} epochs; the best is epoch "
+                    f"{self.stopping.best_epoch}. --patience 0 trains to the end."
+                )
+        return agreed(stop, self.device)
+
+    def _judge(self, model: nn.Module, *, pictures: bool) -> EvalResult:
+        """Judge a fused model on the validation split."""
+        from utils.engine import EvalOptions, evaluate
+
+        half = self.device.type == "cuda"
+        return evaluate(
+            model.half() if half else model,
+            self.val_loader,
+            EvalOptions(
+                len(self.names),
+                single_cls=self.options.single_cls,
+                confusion=pictures,
+            ),
+            compute_loss=self.trainer.compute_loss,
+            on_batch=self._draw_validation if pictures else None,
+        )
+
+    def _save(self, epoch: int, *, improved: bool) -> None:
+        """Write best.pt, then last.pt: a run killed in between repeats the epoch and writes the same best again."""
+        from models.checkpoints.files import save
+        from utils.training import training_state
+
+        content = {
+            "epoch": epoch,
+            "best_fitness": self.stopping.best_fitness,
+            "yaml": self.model.yaml,
+            "names": self.names,
+            "stride": self.model.stride.tolist(),
+            "opt": self._plain_options(),
+            "hyp": dict(self.hyp),
+            **training_state(self.trainer, self.model, self.stopping),
+        }
+        period = self.options.save_period
+        wanted = {"best.pt": improved, f"epoch{epoch}.pt": period > 0 and epoch % period == 0, "last.pt": True}
+        for name in (name for name, write in wanted.items() if write):
+            save(self.save_dir / "weights" / name, content)
+
+    def _finish(self) -> None:
+        """Strip best.pt, judge it, draw, and strip last.pt at the very end: until then `--resume` finishes the rest."""
+        import torch
+
+        from models.checkpoints.files import load_model
+        from utils.engine import TABLE_HEADER, table_rows
+        from utils.progress import fit_table, terminal_width
+
+        options, weights, pictures = self.options, self.save_dir / "weights", not self.options.noplots
+        options.best = weights / "best.pt" if (weights / "best.pt").exists() else weights / "last.pt"
+        self._strip(weights / "best.pt")
+        LOGGER.info(f"\nValidating {display_path(options.best)}...")
+        model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
+        result = self._judge(model, pictures=pictures)
+        table = [TABLE_HEADER, *table_rows(result, self.names, per_class=len(self.names) > 1)]
+        LOGGER.info("\n".join(fit_table(table, terminal_width())))
+        self.val_loader.close()
+        options.results = result.summary
+        if pictures:
+            from utils import plots
+
+            plots.plot_evaluation(result, self.names, self.save_dir)
+            plots.plot_results(self.save_dir / "results.csv")
+            names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
+            self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], options.epochs - 1)
+        self.recorder.close()
+        self._strip(weights / "last.pt")
+        self.finished = True
+        LOGGER.info(f"Results saved to {display_path(self.save_dir)}")
+
+    def _strip(self, file: Path) -> None:
+        from models.checkpoints.files import strip
+
+        if not file.exists():
+            return
+        strip(file)
+        LOGGER.info(f"Optimizer stripped from {display_path(file)}, {file.stat().st_size / 1e6:.1f}MB")
+
+    def _how_to_go_on(self) -> tuple[str, ...]:
+        """The command that resumes this run, as the one argument of an exception; empty where nothing is to resume."""
+        last = self.save_dir / "weights/last.pt"
+        if not self.main or self.finished or not last.exists():
+            return ()
+        many = f"torchrun --nproc_per_node {world_size()} train.py"
+        start = command_of("train.py") if world_size() == 1 else many
+        return (f"Go on with: {start} --resume {shlex.quote(display_path(last))}",)
+
+    # ------------------------------------------------------------------------------------------------- its parts
 
     def _build_model(self) -> nn.Module:
         """The network with the wanted weights, on the device."""
@@ -265,6 +371,8 @@ class Training:
         model.names = self.names
         if options.sync_bn and world_size() > 1 and self.device.type == "cuda":
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif options.sync_bn:
+            LOGGER.warning("--sync-bn needs several CUDA devices, one process each (torchrun): ignored.")
         return model.to(self.device, memory_format=torch.channels_last)
 
     def _inserted(self) -> Path:
@@ -311,33 +419,6 @@ class Training:
     def _plain_options(self) -> dict[str, Any]:
         return {**vars(self.options), "device": str(self.options.device), "hyp": dict(self.hyp)}
 
-    def run(self) -> argparse.Namespace:
-        """All remaining epochs and the final validation; the options with `save_dir`, `best` and `results`."""
-        from utils.engine import TRAIN_HEADER, NonFiniteLoss, train_one_epoch
-
-        options = self.options
-        self._announce()
-        for epoch in self._epochs():
-            self.loader.set_epoch(epoch)
-            LOGGER.info(f"\n{TRAIN_HEADER}")
-            try:
-                losses = train_one_epoch(self.trainer, self.loader, epoch, on_batch=self._plot_batch(epoch))
-            except NonFiniteLoss as error:
-                last = self.save_dir / "weights/last.pt"
-                kept = f" The last good checkpoint is {display_path(last)}." if last.exists() else ""
-                raise UserError(f"epoch {epoch}: {error}{kept}") from None
-            if self._finish_epoch(epoch, losses):
-                break
-        self.loader.close()
-        options.save_dir = self.save_dir
-        if self.main:
-            self._finish()
-        return options
-
-    def _epochs(self) -> range:
-        """Those left to train: none for a run that was killed after its last one, or after its early stop."""
-        return range(self.start_epoch, self.options.epochs if not self.stopping.stop else 0)
-
     def _announce(self) -> None:
         from utils.recorder import Recorder
 
@@ -355,7 +436,7 @@ class Training:
         LOGGER.info(
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
             f"Using {loader.num_workers} loader processes{lower}\n"
-            f"Logging results to {display_path(self.save_dir)}\n"
+            f"Logging results to {display_path(self.save_dir)}\n{self.recorder.tensorboard}\n"
             + (
                 f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
                 if self._epochs()
@@ -379,103 +460,97 @@ class Training:
 
         return draw
 
-    def _finish_epoch(self, epoch: int, losses: Iterable[float]) -> bool:
-        """Validate, record and save one epoch; whether training ends with it."""
-        from utils.distributed import agreed
-
-        options, stop = self.options, False
-        if self.main:
-            last = epoch == options.epochs - 1
-            summary, improved = (0.0,) * 7, False
-            if last or not options.noval:
-                model = copy.deepcopy(self.trainer.ema.ema).fuse()
-                result = self._judge(model, pictures=False, per_class=False)
-                summary, improved = result.summary, self.stopping.update(epoch, result.fitness)
-                stop = self.stopping.stop
-            rates = [group["lr"] for group in self.trainer.optimizer.param_groups]
-            self.recorder.log(epoch, [*losses, *summary, *rates])
-            if last or stop or not options.nosave:
-                self._save(epoch, improved=improved)
-            if stop:
-                LOGGER.info(
-                    f"Stopped: no improvement for {options.patience} epochs; the best is epoch "
-                    f"{self.stopping.best_epoch}. --patience 0 trains to the end."
-                )
-        return agreed(stop, self.device)
-
-    def _judge(self, model: nn.Module, *, pictures: bool, per_class: bool) -> EvalResult:
-        """Judge a fused model on the validation split, and print the table."""
-        from utils.engine import TABLE_HEADER, EvalOptions, evaluate, table_rows
-
-        half = self.device.type == "cuda"
-        result = evaluate(
-            model.half() if half else model,
-            self.val_loader,
-            EvalOptions(len(self.names), single_cls=self.options.single_cls, confusion=pictures),
-            compute_loss=self.trainer.compute_loss,
-            on_batch=self._draw_validation if pictures else None,
-        )
-        LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, self.names, per_class=per_class)]))
-        return result
-
-    def _save(self, epoch: int, *, improved: bool) -> None:
-        """Write best.pt, then last.pt: a run killed in between repeats the epoch and writes the same best again."""
-        from models.checkpoints.files import save
-        from utils.training import training_state
-
-        content = {
-            "epoch": epoch,
-            "best_fitness": self.stopping.best_fitness,
-            "yaml": self.model.yaml,
-            "names": self.names,
-            "stride": self.model.stride.tolist(),
-            "opt": self._plain_options(),
-            "hyp": dict(self.hyp),
-            **training_state(self.trainer, self.model, self.stopping),
-        }
-        period = self.options.save_period
-        wanted = {"best.pt": improved, f"epoch{epoch}.pt": period > 0 and epoch % period == 0, "last.pt": True}
-        for name in (name for name, write in wanted.items() if write):
-            save(self.save_dir / "weights" / name, content)
-
-    def _finish(self) -> None:
-        """Strip best.pt, judge it, draw, and strip last.pt at the very end: until then `--resume` finishes the rest."""
-        import torch
-
-        from models.checkpoints.files import load_model
-
-        options, weights, pictures = self.options, self.save_dir / "weights", not self.options.noplots
-        options.best = weights / "best.pt" if (weights / "best.pt").exists() else weights / "last.pt"
-        self._strip(weights / "best.pt")
-        LOGGER.info(f"\nValidating {display_path(options.best)}...")
-        model = load_model(options.best, self.device).to(memory_format=torch.channels_last)
-        result = self._judge(model, pictures=pictures, per_class=len(self.names) > 1)
-        self.val_loader.close()
-        options.results = result.summary
-        if pictures:
-            from utils import plots
-
-            plots.plot_evaluation(result, self.names, self.save_dir)
-            plots.plot_results(self.save_dir / "results.csv")
-            names = ("results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve")
-            self.recorder.show_images([self.save_dir / f"{name}.png" for name in names], options.epochs - 1)
-        self.recorder.close()
-        self._strip(weights / "last.pt")
-        LOGGER.info(f"Results saved to {display_path(self.save_dir)}")
-
-    def _strip(self, file: Path) -> None:
-        from models.checkpoints.files import strip
-
-        if not file.exists():
-            return
-        strip(file)
-        LOGGER.info(f"Optimizer stripped from {display_path(file)}, {file.stat().st_size / 1e6:.1f}MB")
-
     def _draw_validation(self, index: int, batch: Batch, detections: list[Tensor]) -> None:
         from utils import plots
 
         if index < PLOTTED_BATCHES:
             plots.plot_evaluation_batch(index, batch, detections, self.names, self.save_dir)
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def _resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[argparse.Namespace, Checkpoint]:
+    """The options of an interrupted run and its last checkpoint; of those `given`, only --device and --workers count.
+
+    A warning names the others where they differ.
+    """
+    from models.checkpoints.files import read
+    from utils.recorder import newest_checkpoint
+
+    file = newest_checkpoint([Path("runs"), WORK / "runs"]) if options.resume is True else Path(options.resume)
+    if not file.is_file():
+        raise UserError(f"--resume {file}: no such file. Give the path of a run's weights/last.pt.")
+    checkpoint = read(file)
+    if not checkpoint.ours:
+        raise UserError(f"{file}: not written by this program, so not resumable. Start from it with --weights {file}.")
+    if checkpoint.training is None:
+        raise UserError(f"{file}: a finished run (stripped). Train further with --weights {file} --epochs ...")
+    defaults = build_parser().parse_args([])
+    stored = {key: value for key, value in checkpoint.opt.items() if hasattr(defaults, key)}
+    merged = argparse.Namespace(**{**vars(defaults), **stored})
+    for name in given.keys() & {"device", "workers"}:
+        setattr(merged, name, getattr(options, name))
+    merged.resume, merged.hyp = str(file), checkpoint.hyp
+    ignored = [f"--{name.replace('_', '-')}" for name in given if _differs(options, merged, name)]
+    if ignored:
+        LOGGER.warning(
+            f"--resume goes on as the run was started: {', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} "
+            f"ignored. To train with other settings, start a new run from its weights: --weights {file} --epochs N."
+        )
+    LOGGER.info(f"Resuming {display_path(file)} after epoch {checkpoint.epoch}")
+    return merged, checkpoint
+
+
+def _differs(options: argparse.Namespace, merged: argparse.Namespace, name: str) -> bool:
+    """Whether an option asks for something else than what the resumed run does."""
+    if name == "hyp":
+        return {**merged.hyp, **read_hyp(options.hyp)} != merged.hyp
+    return name not in ("resume", "local_rank") and getattr(options, name) != getattr(merged, name)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+# Accepted, so that an old command line is understood, and answered with what to use instead: (flag, argparse, answer).
+NOT_OFFERED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("--image-weights", {"action": "store_true"}, "Repeat the rare images in a .txt list given as `train:` instead."),
+    ("--quad", {"action": "store_true"}, "Use --multi-scale, or a larger --imgsz."),
+    ("--evolve", {"nargs": "?", "type": int, "const": 300}, "Change one key of a copy of the --hyp file per run."),
+    ("--evolve_population", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
+    ("--resume_evolve", {}, "It belongs to --evolve: change one key of a copy of the --hyp file per run."),
+    ("--bucket", {"default": ""}, "Copy the run folder with your cloud's own tool."),
+    ("--entity", {}, "It is for a remote logger: use results.csv or TensorBoard."),
+    ("--upload_dataset", {"nargs": "?", "const": True, "default": False}, "Use results.csv or TensorBoard."),
+    ("--bbox_interval", {"type": int, "default": -1}, "Look at the pictures in the run folder."),
+    ("--artifact_alias", {"default": "latest"}, "Give --weights a path."),
+)
+
+
+def _option_name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def check(options: argparse.Namespace) -> None:
+    defaults = build_parser().parse_args([])
+    for flag, _, answer in NOT_OFFERED:
+        name = _option_name(flag)
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"{flag} is not offered. {answer}")
+    if not (options.weights or options.cfg or options.resume):
+        raise UserError("--weights '' trains from nothing and needs a network: add --cfg yolov5s.yaml.")
+    if options.insert and not options.cfg:
+        raise UserError("--insert needs the YAML to insert into: add --cfg yolov5s.yaml.")
+    if (options.gate or options.min_transfer) and (not options.weights or options.transfer == "none"):
+        raise UserError("--gate and --min-transfer are about what comes from --weights, but nothing is copied here.")
+    if options.autoanchor and options.noautoanchor:
+        raise UserError("--autoanchor and --noautoanchor contradict each other. Give one of them.")
+    check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0, max_megapixels=1)
+    if options.batch_size < 1 and options.batch_size != -1:
+        raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
+    if not 0 <= options.label_smoothing < 1:
+        raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
+    if options.cache not in (None, "ram", "disk", "val"):
+        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
 
 
 if __name__ == "__main__":

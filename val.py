@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config import ROOT, ArgumentParser, UserError, check_minimum, display_path, options_from
+from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
 from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
@@ -51,12 +51,13 @@ def build_parser() -> ArgumentParser:
     add("--save-hybrid", action="store_true", help="write labels and detections together; implies --save-txt")
     add("--save-conf", action="store_true", help="confidences in --save-txt files")
     add("--save-json", action="store_true", help="write a COCO results file; scored with pycocotools where installed")
-    add("--project", default=str(ROOT / "runs/val"), help="folder of the runs")
+    add("--project", default=str(WORK / "runs/val"), help="folder of the runs")
     add("--name", default="exp", help="name of this run")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
     add("--half", action="store_true", help="fp16 inference (CUDA)")
     add("--dnn", action="store_true", help="not offered: OpenCV DNN inference of ONNX files")
     add("--noplots", action="store_true", help="no pictures")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
     add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     return parser
 
@@ -124,7 +125,11 @@ def _validate(options: argparse.Namespace) -> Summary:
         hybrid=options.save_hybrid,
         confusion=plots,
     )
-    loading = {"workers": options.workers, "max_pixels": options.max_megapixels * 1_000_000}
+    loading = {
+        "workers": options.workers,
+        "max_pixels": options.max_megapixels * 1_000_000,
+        "skip_bad": options.skip_bad,
+    }
     loading |= {"rect": False, "pad": 0.0} if speed else {}
     size = {"imgsz": imgsz, "batch_size": options.batch_size}
     result = judge(network, spec, task, how, on_batch=writer.batch, on_image=writer.image, **size, **loading)

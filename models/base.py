@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from models.graph import listed
 from models.measure import Size, gflops, profile_layer
 from utils.runtime import LOGGER
 
-Visualize = Callable[[int, str, Tensor], None]
+Visualize = Callable[[int, str, Tensor], None] | Literal[False]
 
 
 class Output(NamedTuple):
@@ -48,7 +48,8 @@ class BaseModel(nn.Module):
     def run_layers(self, x: Any, profile: bool = False, visualize: Visualize | None = None) -> Any:
         """The last layer's output for images (B, ch, H, W) in 0..1.
 
-        `profile` logs a line of time and GFLOPs per layer; `visualize(index, type, map)` sees every layer's output.
+        `profile` logs a line of time and GFLOPs per layer; `visualize(index, type, map)` sees every layer's output;
+        False, which programs of v6's time pass, is as None.
         """
         layers: list[Any] = list(self.model)
         sources = [[f % layer.i if layer.i else f for f in listed(layer.f)] for layer in layers]
@@ -67,7 +68,7 @@ class BaseModel(nn.Module):
             x = layer(x)
             if i in self.save:
                 kept[i] = x
-            if visualize is not None and isinstance(x, Tensor):
+            if visualize and isinstance(x, Tensor):
                 visualize(i, layer.type, x)
         if profile:
             LOGGER.info(f"{sum(spent):>10.2f} {'-':>10} {'-':>10}  total")

@@ -15,6 +15,7 @@ means that something does). A constant by which the input is multiplied can then
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,19 @@ from torch import Tensor, nn
 
 Pair = int | tuple[int, int]
 Act = bool | nn.Module
+# Names that YOLOv5 keeps in this file, for other people's code.
+FORWARDED = {
+    "AutoShape": "models.predictor",
+    "DetectMultiBackend": "models.backends",
+    "Detections": "models.predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    if name in FORWARDED:
+        return getattr(importlib.import_module(FORWARDED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def same_padding(kernel: Pair, dilation: int = 1) -> tuple[int, int]:

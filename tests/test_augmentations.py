@@ -22,7 +22,7 @@ from utils.augmentations import (
     Mosaic,
     RandomPerspective,
     Warp,
-    letterbox,
+    letterboxed,
     multi_scale_size,
     resample,
 )
@@ -59,14 +59,14 @@ def assert_inside(example: Example) -> None:
 
 
 def test_letterbox_scales_to_fit_and_splits_the_padding() -> None:
-    image, fitted = letterbox(np.zeros((480, 640, 3), np.uint8), (672, 672), scaleup=False)
+    image, fitted = letterboxed(np.zeros((480, 640, 3), np.uint8), (672, 672), scaleup=False)
     assert image.shape == (672, 672, 3)
     assert (fitted.scale, fitted.pad_xy, fitted.original_hw, fitted.size_hw) == (1.0, (16, 96), (480, 640), (672, 672))
     assert (image[:96] == 114).all() and (image[96:-96, 16:-16] == 0).all() and (image[:, :16] == 114).all()
 
 
 def test_letterbox_puts_an_odd_pixel_right_and_below_and_reports_exact_halves() -> None:
-    image, fitted = letterbox(np.zeros((427, 639, 3), np.uint8), (640, 640), scaleup=False)
+    image, fitted = letterboxed(np.zeros((427, 639, 3), np.uint8), (640, 640), scaleup=False)
     assert fitted.pad_xy == (0.5, 106.5)
     rows, columns = np.nonzero((image == 0).all(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (106, 106 + 426, 0, 638)
@@ -74,20 +74,20 @@ def test_letterbox_puts_an_odd_pixel_right_and_below_and_reports_exact_halves() 
 
 def test_letterbox_rounds_half_pixels_to_even() -> None:
     # 25 * 0.5 = 12.5 -> 12 and 27 * 0.5 = 13.5 -> 14
-    assert letterbox(np.zeros((25, 200, 3), np.uint8), (100, 100))[1].pad_xy == (0, 44)
-    assert letterbox(np.zeros((27, 200, 3), np.uint8), (100, 100))[1].pad_xy == (0, 43)
+    assert letterboxed(np.zeros((25, 200, 3), np.uint8), (100, 100))[1].pad_xy == (0, 44)
+    assert letterboxed(np.zeros((27, 200, 3), np.uint8), (100, 100))[1].pad_xy == (0, 43)
 
 
 def test_letterbox_auto_pads_to_the_next_stride_only() -> None:
-    image, fitted = letterbox(np.zeros((480, 640, 3), np.uint8), 320, auto=True, stride=32)
+    image, fitted = letterboxed(np.zeros((480, 640, 3), np.uint8), 320, auto=True, stride=32)
     assert image.shape == (256, 320, 3) and fitted.pad_xy == (0, 8) and fitted.scale == 0.5
 
 
 def test_letterbox_without_scaleup_leaves_small_images_their_size() -> None:
     small = np.full((10, 20, 3), 7, np.uint8)
-    image, fitted = letterbox(small, (40, 40), scaleup=False)
+    image, fitted = letterboxed(small, (40, 40), scaleup=False)
     assert fitted.scale == 1.0 and (image[15:25, 10:30] == 7).all()
-    assert letterbox(small, (40, 40))[1].scale == 2.0
+    assert letterboxed(small, (40, 40))[1].scale == 2.0
 
 
 @QUICK
@@ -96,7 +96,7 @@ def test_letterbox_then_undo_is_the_identity_within_a_pixel(
     height: int, width: int, goal_h: int, goal_w: int, auto: bool, scaleup: bool, seed: int
 ) -> None:
     example = make_example(seed, height, width)
-    image, fitted = letterbox(example.image, (goal_h, goal_w), auto=auto, scaleup=scaleup)
+    image, fitted = letterboxed(example.image, (goal_h, goal_w), auto=auto, scaleup=scaleup)
     assert image.shape[:2] == fitted.size_hw and image.dtype == np.uint8
     assert auto or fitted.size_hw == (goal_h, goal_w)
     there = example.boxes[:, 1:] * fitted.scale + np.tile(fitted.pad_xy, 2)
@@ -107,13 +107,13 @@ def test_letterbox_then_undo_is_the_identity_within_a_pixel(
 @QUICK
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_letterbox_of_any_shape_has_the_asked_size(height: int, width: int) -> None:
-    assert letterbox(np.zeros((height, width, 3), np.uint8), (64, 96))[0].shape == (64, 96, 3)
+    assert letterboxed(np.zeros((height, width, 3), np.uint8), (64, 96))[0].shape == (64, 96, 3)
 
 
 def test_letterbox_finds_a_marked_pixel_where_its_arithmetic_says() -> None:
     image = np.zeros((100, 60, 3), np.uint8)
     image[40:60, 20:40] = 255
-    canvas, fitted = letterbox(image, (250, 210))
+    canvas, fitted = letterboxed(image, (250, 210))
     ys, xs = np.nonzero(canvas[..., 0] == 255)
     expected = np.array([20.0, 40.0, 40.0, 60.0]) * fitted.scale + np.tile(fitted.pad_xy, 2)
     assert np.abs(np.array((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)) - expected).max() <= 1.5

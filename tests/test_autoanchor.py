@@ -10,7 +10,7 @@ from torch import nn
 from utils.autoanchor import (
     AnchorHyp,
     anchor_fit,
-    check_anchors,
+    judge_anchors,
     kmeans_anchors,
     label_sizes,
     write_anchors,
@@ -77,7 +77,7 @@ def test_label_sizes_are_in_pixels_of_the_longer_side() -> None:
 
 
 def test_anchors_that_fit_stay() -> None:
-    result = check_anchors(Head(), *dataset(0, 80, 90), 640, rng=rng())
+    result = judge_anchors(Head(), *dataset(0, 80, 90), 640, rng=rng())
     assert not result.changed and result.before == result.after and result.before.best_possible_recall > 0.98
     np.testing.assert_allclose(result.anchors, COCO, rtol=1e-6)
     assert "the anchors stay" in result.messages[0] and not result.warnings
@@ -86,19 +86,19 @@ def test_anchors_that_fit_stay() -> None:
 def test_anchors_that_do_not_fit_are_replaced_by_better_ones() -> None:
     head = Head()
     before = head.anchors.clone()
-    result = check_anchors(head, *dataset(0, 300, 12), 640, rng=rng(), generations=200)
+    result = judge_anchors(head, *dataset(0, 300, 12), 640, rng=rng(), generations=200)
     assert result.changed and torch.equal(head.anchors, before)  # nothing written yet
     assert result.before.best_possible_recall < 0.5 < 0.98 < result.after.best_possible_recall
     assert "replaced" in result.messages[0]
     write_anchors(head, result.anchors)
     np.testing.assert_allclose((head.anchors * head.stride.view(-1, 1, 1)).numpy(), result.anchors, rtol=1e-6)
-    again = check_anchors(head, *dataset(0, 300, 12), 640, rng=rng())
+    again = judge_anchors(head, *dataset(0, 300, 12), 640, rng=rng())
     assert not again.changed and again.before.best_possible_recall > 0.98
 
 
 def test_anchors_to_be_kept_are_judged_only() -> None:
     labels, shapes_hw = dataset(1, 8, 300)
-    check = check_anchors(Head(), labels, shapes_hw, 640, keep=True, rng=np.random.default_rng(0))
+    check = judge_anchors(Head(), labels, shapes_hw, 640, keep=True, rng=np.random.default_rng(0))
     assert not check.changed and check.before.best_possible_recall < 0.98
     assert check.messages == (
         f"AutoAnchor: {check.before.anchors_per_label:.2f} anchors per label, best possible recall "
@@ -111,17 +111,17 @@ def test_worse_anchors_are_not_adopted() -> None:
     """One kind of label in nine hundred is out of reach of what is found as of what there is: nothing changes."""
     labels, shapes = dataset(0, 60, 60)
     tiny = np.array([[0, 0.5, 0.5, 0.9 / 640, 0.9 / 480]] * 20, np.float32)
-    result = check_anchors(Head(), [*labels, tiny], [*shapes, (480, 640)], 640, rng=rng(), generations=0)
+    result = judge_anchors(Head(), [*labels, tiny], [*shapes, (480, 640)], 640, rng=rng(), generations=0)
     assert not result.changed and result.after == result.before
     assert "reach no more" in result.messages[0]
     assert "20 of " in result.warnings[0] and "less than 3 pixels" in result.warnings[0]
 
 
 def test_no_labels_and_only_tiny_labels_leave_the_anchors_alone() -> None:
-    empty = check_anchors(Head(), [np.zeros((0, 5), np.float32)], [(480, 640)], 640, rng=rng())
+    empty = judge_anchors(Head(), [np.zeros((0, 5), np.float32)], [(480, 640)], 640, rng=rng())
     assert not empty.changed and "no labels" in empty.messages[0]
     tiny = [np.array([[0, 0.5, 0.5, 0.001, 0.001]], np.float32)]
-    result = check_anchors(Head(), tiny, [(480, 640)], 640, rng=rng())
+    result = judge_anchors(Head(), tiny, [(480, 640)], 640, rng=rng())
     assert not result.changed and "no label reaches 2 pixels" in result.messages[0]
 
 

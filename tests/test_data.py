@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("repository", "work", "sets"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr("utils.data.ROOT", tmp_path / "repository")
+    monkeypatch.setattr("utils.data.WORK", tmp_path / "repository")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("YOLOv5_DATASETS_DIR", raising=False)
     monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path / "sets"))
@@ -135,3 +137,51 @@ def test_missing_images_are_fetched_and_found_below_the_archives_own_folder(
     spec = prepare(yaml, task="train")
     assert fetched == [(address, tmp_path / "data")]
     assert spec.split("val") == (own_tiny_dataset.root / "images" / "val",)
+
+
+# ---------------------------------------------------------------------------------------------------- without a `path:`
+
+
+def without_path(dataset: TinyDataset, train_entry: str = "images/train") -> Path:
+    text = f"train: {train_entry}\nval: images/val\nnames: [square, disc]\n"
+    dataset.yaml.write_text(text, encoding="utf-8")
+    return dataset.yaml
+
+
+def test_a_dataset_without_path_is_found_beside_its_yaml(
+    own_tiny_dataset: TinyDataset, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_tmp / "elsewhere").mkdir()
+    monkeypatch.chdir(in_tmp / "elsewhere")
+    for entry in ("images/train", "../images/train"):  # the second is what exports of labelling tools have
+        spec = prepare(without_path(own_tiny_dataset, entry), task="train")
+        assert spec.root == own_tiny_dataset.root and all(path.is_dir() for path in (*spec.train, *spec.val))
+
+
+def test_images_below_the_working_directory_come_before_those_beside_the_yaml(
+    own_tiny_dataset: TinyDataset, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = in_tmp / "copy"
+    shutil.copytree(own_tiny_dataset.root, copy)
+    monkeypatch.chdir(copy)
+    assert load_dataset(without_path(own_tiny_dataset)).root == copy
+    shutil.rmtree(copy / "images/val")  # a place that lacks a split is passed over
+    assert load_dataset(own_tiny_dataset.yaml).root == own_tiny_dataset.root
+
+
+def test_a_relative_path_is_found_beside_its_yaml_last(
+    own_tiny_dataset: TinyDataset, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = own_tiny_dataset.yaml.read_text(encoding="utf-8").replace(f"path: {own_tiny_dataset.root}", "path: tiny")
+    file = own_tiny_dataset.root.parent / "nearby.yaml"
+    file.write_text(text, encoding="utf-8")
+    (in_tmp / "elsewhere").mkdir()
+    monkeypatch.chdir(in_tmp / "elsewhere")
+    assert prepare(file).root == own_tiny_dataset.root
+
+
+def test_images_that_are_nowhere_are_said_to_be_looked_for_beside_the_yaml(
+    own_tiny_dataset: TinyDataset, in_tmp: Path
+) -> None:
+    with pytest.raises(UserError, match=r"tiny\.yaml:1: the 'train' images are not at .*none.*beside the YAML"):
+        prepare(without_path(own_tiny_dataset, "images/none"), task="train")

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from PIL import Image
 from utils import labels
 from utils.config import UserError
 from utils.data import DatasetSpec, load_dataset
+from utils.dataloaders import LoaderOptions, build_loader
 from utils.labels import Sample, Scan, image_files, image_shape, label_path, parse_label_file, scan
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"
@@ -455,6 +457,62 @@ def test_only_the_first_problems_are_logged(own_tiny_dataset: TinyDataset, caplo
         found = scan_val(own_tiny_dataset)
     assert len(found.messages) == 30 and len(caplog.records) == 21
     assert "and 10 more like these" in caplog.records[-1].message
+
+
+# -------------------------------------------------------------------------------------------------- too many unusable
+
+
+def load_train(tiny: TinyDataset, **options: bool) -> int:
+    """How many images a loader has."""
+    spec = load_dataset(tiny.yaml)
+    return len(build_loader(spec, spec.train, LoaderOptions(imgsz=64, batch_size=2, workers=0, **options))[1])
+
+
+def renumbered(tiny: TinyDataset, change: Callable[[int], int]) -> None:
+    for file in map(label_path, (*tiny.train, *tiny.val)):
+        rows = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
+        file.write_text("".join(f"{change(int(label))} {rest}\n" for label, rest in rows), encoding="utf-8")
+
+
+def test_labels_counted_from_1_stop_the_run_with_the_likely_cause(own_tiny_dataset: TinyDataset) -> None:
+    renumbered(own_tiny_dataset, lambda label: label + 1)
+    with pytest.raises(UserError) as stop:
+        load_train(own_tiny_dataset)
+    text = str(stop.value)
+    assert "8 of the 8 images" in text and "Do your classes start at 1?" in text and "here they are 1 to 2." in text
+    assert "(1) train0.txt:2: class 2 is outside 0..1. (2) train1.txt:2:" in text and "(3) train2.txt:2:" in text
+    assert text.endswith("--skip-bad.")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda label: label * 2, "`names:` has 2 entries, but classes up to 2 occur"),  # class 0 is there, too
+        (lambda label: label + 7, "`names:` has 2 entries, but classes up to 8 occur"),
+    ],
+)
+def test_too_few_names_are_said_to_be_too_few(
+    change: Callable[[int], int], cause: str, own_tiny_dataset: TinyDataset
+) -> None:
+    renumbered(own_tiny_dataset, change)
+    with pytest.raises(UserError) as stop:
+        load_train(own_tiny_dataset)
+    assert cause in str(stop.value) and "start at 1" not in str(stop.value)
+
+
+def test_more_than_a_tenth_of_unusable_images_stops_and_skip_bad_goes_on(own_tiny_dataset: TinyDataset) -> None:
+    first = own_tiny_dataset.train[0]
+    for index in range(2):  # ten images
+        shutil.copy(first, first.with_name(f"more{index}.png"))
+        shutil.copy(label_path(first), label_path(first.with_name(f"more{index}.png")))
+    first.write_bytes(b"no image")
+    assert load_train(own_tiny_dataset) == 9  # a tenth is not more than a tenth
+    own_tiny_dataset.train[1].write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2 of the 10 images in .* cannot be used\. The first messages: .*train0\.png"):
+        load_train(own_tiny_dataset)
+    assert load_train(own_tiny_dataset, skip_bad=True) == 8
+    renumbered(own_tiny_dataset, lambda label: label + 1)
+    assert load_train(own_tiny_dataset, skip_bad=True, single_cls=True) == 8  # where any class is allowed
 
 
 def test_nothing_at_all_is_an_empty_scan(tmp_path: Path, tiny_dataset: TinyDataset) -> None:

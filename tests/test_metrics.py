@@ -251,7 +251,8 @@ def test_classes_without_labels_count_in_no_mean() -> None:
 
 
 def test_fitness_is_mostly_map() -> None:
-    assert fitness(1, 1, 0.5, 0.25) == pytest.approx(0.1 * 0.5 + 0.9 * 0.25)
+    rows = np.array([(1, 1, 0.5, 0.25, 9), (0, 0, 1, 1, 9)])
+    assert fitness(rows) == pytest.approx([0.1 * 0.5 + 0.9 * 0.25, 1])
 
 
 # --------------------------------------------------------------------------------------------------------- pycocotools

@@ -284,6 +284,7 @@ def test_the_folder_for_datasets_is_where_it_is_drawn(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("utils.data.ROOT", tmp_path / "repository")
+    monkeypatch.setattr("utils.data.WORK", tmp_path / "repository")
     monkeypatch.setenv("YOLOV5_CACHE_DIR", str(tmp_path / "cache"))  # a set drawn there before would be used
     data = ROOT / "data" / "shapes.yaml"
     for variable, wanted in ((None, tmp_path / "repository/datasets/shapes"), ("sets", tmp_path / "sets/shapes")):

@@ -364,5 +364,7 @@ def test_a_damaged_picture_counts_as_missed_and_pictures_above_the_bound_are_lef
     assert len(lines) == 2 and all("val0.png" in line and "judged as grey" in line for line in lines)
     for file in own_tiny_dataset.val[1:]:
         file.write_bytes(cv2.imencode(".png", np.zeros((1100, 1000, 3), np.uint8))[1].tobytes())
-    quick(checkpoint, own_tiny_dataset, tmp_path, max_megapixels=1)
+    with pytest.raises(UserError, match=r"3 of the 4 images .* val1\.png: 1000 x 1100 pixels.*--skip-bad"):
+        quick(checkpoint, own_tiny_dataset, tmp_path, max_megapixels=1)
+    quick(checkpoint, own_tiny_dataset, tmp_path, max_megapixels=1, skip_bad=True)
     assert any("1 images, 0 backgrounds, 3 corrupt" in line for line in said)

@@ -48,14 +48,14 @@ class Example:
         return self.image.shape[0], self.image.shape[1]
 
 
-def letterbox(
+def letterboxed(
     image: Image,
     size_hw: int | tuple[int, int],
     *,
     auto: bool = False,
     stride: int = 32,
     scaleup: bool = True,
-    fill: int = FILL,
+    fill: tuple[int, int, int] = (FILL, FILL, FILL),
 ) -> tuple[Image, Letterbox]:
     """The image scaled to fit `size_hw` and padded with grey to exactly that size, and how to get back.
 
@@ -78,8 +78,32 @@ def letterbox(
         top, bottom = round(half_h - 0.1), round(half_h + 0.1)
         left, right = round(half_w - 0.1), round(half_w + 0.1)
         border = cv2.BORDER_CONSTANT
-        image = _as_image(cv2.copyMakeBorder(image, top, bottom, left, right, border, value=(fill, fill, fill)))
+        image = _as_image(cv2.copyMakeBorder(image, top, bottom, left, right, border, value=fill))
     return image, Letterbox(scale, (half_w, half_h), (height, width), (image.shape[0], image.shape[1]))
+
+
+def letterbox(
+    im: Image,
+    new_shape: int | Sequence[int] = (640, 640),
+    color: tuple[int, int, int] = (FILL, FILL, FILL),
+    auto: bool = True,
+    scaleFill: bool = False,
+    scaleup: bool = True,
+    stride: int = 32,
+) -> tuple[Image, tuple[float, float], tuple[float, float]]:
+    """`letterboxed` with YOLOv5's arguments, for other people's code: image, (scale x, scale y), (pad x, pad y).
+
+    `new_shape` is (height, width) or a number for both. Paddings are those of one side and may end in .5. `scaleFill`
+    (without `auto`) stretches the image to `new_shape` instead of padding it.
+    """
+    goal_h, goal_w = np.broadcast_to(np.asarray(new_shape, int), 2).tolist()
+    goal_hw = (goal_h, goal_w)
+    if scaleFill and not auto:
+        height, width = im.shape[:2]
+        stretched = _as_image(cv2.resize(im, goal_hw[::-1], interpolation=cv2.INTER_LINEAR))
+        return stretched, (goal_hw[1] / width, goal_hw[0] / height), (0.0, 0.0)
+    image, fitted = letterboxed(im, goal_hw, auto=auto, stride=int(stride), scaleup=scaleup, fill=color)
+    return image, (fitted.scale, fitted.scale), fitted.pad_xy
 
 
 def multi_scale_size(imgsz: int, stride: int, rng: np.random.Generator) -> int:

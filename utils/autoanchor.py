@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from utils.config import UserError
+from utils.runtime import LOGGER
 
 GOOD_ENOUGH = 0.98  # best possible recall above which anchors stay
 SMALL_PX = 3  # labels below this many pixels are hard to learn: warned about
@@ -46,7 +47,7 @@ class AnchorFit:
 
 @dataclass(frozen=True)
 class AnchorCheck:
-    """What `check_anchors` found. `anchors` (levels, per level, 2) in pixels are the ones to use from now on."""
+    """What `judge_anchors` found. `anchors` (levels, per level, 2) in pixels are the ones to use from now on."""
 
     anchors: np.ndarray
     changed: bool  # `anchors` are new; write them with `write_anchors`
@@ -95,7 +96,7 @@ def _log_ratio(log_wh: np.ndarray, log_anchors: np.ndarray) -> np.ndarray:
     return np.maximum(ratio, np.abs(log_anchors[..., 1:] - log_height), out=ratio)
 
 
-def check_anchors(
+def judge_anchors(
     head: Any,
     labels: Sequence[np.ndarray],
     shapes_hw: Sequence[tuple[int, int]] | np.ndarray,
@@ -160,6 +161,32 @@ def write_anchors(head: Any, anchors: np.ndarray) -> None:
     rank = head.stride.cpu().argsort().argsort()
     with torch.no_grad():
         head.anchors.copy_(ordered[rank].to(head.anchors.device) / head.stride.float().view(-1, 1, 1))
+
+
+# -------------------------------------------------------------------------------------------- for other people's code
+
+
+def check_anchors(dataset: Any, model: Any, thr: float = 4.0, imgsz: int = 640) -> None:
+    """Judge a network's anchors on a dataset, and replace them in its head where others fit the labels better.
+
+    YOLOv5's arguments: `dataset.labels` holds per image (k, 5) of class, cx, cy, w, h in 0..1, `dataset.shapes` (n, 2)
+    the images' width and height, `model` (or `model.module`) ends in the head.
+    """
+    head = getattr(model, "module", model).model[-1]
+    rng = np.random.default_rng(0)
+    check = judge_anchors(head, dataset.labels, np.asarray(dataset.shapes)[:, ::-1], imgsz, thr=thr, rng=rng)
+    for warning in check.warnings:
+        LOGGER.warning(warning)
+    LOGGER.info("\n".join(check.messages))
+    if check.changed:
+        write_anchors(head, check.anchors)
+
+
+def check_anchor_order(m: Any) -> None:
+    """Turn the levels of a head's anchors (in pixels) around, in place, where the coarsest grid has the smallest."""
+    sizes = m.anchors.prod(-1).mean(-1).view(-1)
+    if (sizes[-1] - sizes[0]).sign() != (m.stride[-1] - m.stride[0]).sign():
+        m.anchors[:] = m.anchors.flip(0)
 
 
 # -------------------------------------------------------------------------------------------------------------- search

@@ -20,7 +20,9 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # the repository, or where it was installed: the YAMLs lie below it
+# Where `runs/` and `datasets/` are: the repository, and for an installed copy the working directory.
+WORK = ROOT if (ROOT / "pyproject.toml").is_file() else Path()
 # Options of `run(...)` that take more than their text: a dataset or hyper-parameters as a mapping, several sources, a
 # torch.device.
 PYTHON_ONLY: dict[str, type | tuple[type, ...]] = {
@@ -366,12 +368,25 @@ def owned(owner: type[OwnerT], hyp: Mapping[str, float]) -> OwnerT:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+def installed_command() -> bool:
+    """Whether this process was started as `yolov5-attention` and not as `python train.py`."""
+    return Path((sys.argv or [""])[0]).name.startswith("yolov5-attention")
+
+
+def command_of(script: str) -> str:
+    """How the user starts a script here: `python train.py`, or `yolov5-attention train` where that was typed."""
+    return f"yolov5-attention {Path(script).stem.removesuffix('_gates')}" if installed_command() else f"python {script}"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with abbreviations, whose mistakes end in one line with a suggestion and exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **kwargs)
+        self.command = command_of(self.prog)
+        if installed_command():
+            self.prog = self.command
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options, unknown = self.parse_known_args(args, namespace)
@@ -393,7 +408,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return matches[:1] if same else matches
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {one_line(message)} See `python {self.prog} --help`.", file=sys.stderr)
+        print(f"error: {one_line(message)} See `{self.command} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
 

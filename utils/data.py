@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import ROOT, UserError, YamlFile, display_path, find_file, read_yaml, user_path
+from utils.config import ROOT, WORK, UserError, YamlFile, display_path, find_file, read_yaml, user_path
 from utils.downloads import OFFLINE_HINT, fetch_archive
 from utils.files import user_cache_dir
 from utils.shapes import CLASSES, SPLITS, draw_files, missing_files
@@ -63,10 +63,11 @@ def datasets_dir() -> Path | None:
 def load_dataset(data: str | Path | Mapping[str, Any]) -> DatasetSpec:
     """Read a dataset YAML (or an equal mapping) and resolve its paths.
 
-    A relative `path` is looked for below `YOLOV5_DATASETS_DIR` where that is set, the working directory, the repository
-    and its folder `datasets`; the first that exists wins. What is nowhere is fetched or drawn into
-    `YOLOV5_DATASETS_DIR`, else into the repository's `datasets`: a leading `../datasets/` or `datasets/` stands for
-    this place, and other steps upwards are left out of it.
+    A relative `path` is looked for below `YOLOV5_DATASETS_DIR` where that is set, the working directory, the
+    repository, its folder `datasets`, and beside the YAML; the first that exists wins. Without `path` it is the first
+    of these that holds the images of train and val. What is nowhere is fetched or drawn into `YOLOV5_DATASETS_DIR`,
+    else into the repository's `datasets` (installed: that of the working directory): a leading `../datasets/` or
+    `datasets/` stands for this place, and other steps upwards are left out of it.
 
     Raises:
         UserError: a missing or unknown kind of entry, with the YAML's line.
@@ -102,11 +103,19 @@ def _dataset_root(file: YamlFile) -> Path:
     inside = Path(*(part for part in Path(os.path.normpath(path)).parts if part != ".."))
     if inside.parts[:1] == ("datasets",):
         inside = inside.relative_to("datasets")
-    named, own = datasets_dir(), ROOT / "datasets"
-    candidates = [Path.cwd() / path, ROOT / path, own / inside]
+    named, own = datasets_dir(), WORK / "datasets"
+    candidates = [Path.cwd() / path, ROOT / path, own / inside, file.path.parent / path]
     if named is not None:
         candidates.insert(0, named / inside)
-    return Path(os.path.realpath(next((c for c in candidates if os.path.exists(c)), (named or own) / inside)))
+    existing = [candidate for candidate in candidates if os.path.exists(candidate)]
+    if not file.data.get("path"):  # the folders themselves always exist
+        existing.sort(key=lambda candidate: not _holds_images(file, candidate))
+    return Path(os.path.realpath(existing[0] if existing else (named or own) / inside))
+
+
+def _holds_images(file: YamlFile, root: Path) -> bool:
+    """Whether all places of `train` and `val` exist below a root."""
+    return all(os.path.exists(path) for task in ("train", "val") for path in _split_paths(file, task, root))
 
 
 def _names(file: YamlFile) -> dict[int, str]:
@@ -162,7 +171,7 @@ def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val") -> Datas
         raise UserError(
             f"{spec.file.where(missing_task)}: the '{missing_task}' images are not at {path}. `path:` "
             f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory, the "
-            f"repository and its folder datasets. Correct it. {OFFLINE_HINT}"
+            f"repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
         )
     return spec
 

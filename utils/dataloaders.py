@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import itertools
 import math
 import signal
@@ -28,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils import augmentations as aug
-from utils.augmentations import Example, Image, letterbox
+from utils.augmentations import Example, Image, letterboxed
 from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
 from utils.config import UserError, display_path, owned
 from utils.data import DatasetSpec
 from utils.distributed import rank_zero_first
 from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus
-from utils.labels import Sample, scan
+from utils.labels import Sample, refuse_unusable, scan
 from utils.runtime import LOGGER
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -69,6 +70,7 @@ class LoaderOptions:
     rank: int = 0
     world_size: int = 1
     max_pixels: int = MAX_PIXELS
+    skip_bad: bool = False  # go on where more than a tenth of the images cannot be used
     prefix: str = ""
 
 
@@ -236,7 +238,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         options = self.options
         size_hw = self.batch_shapes[index // self.batch_size] if options.rect else (options.imgsz, options.imgsz)
         index, image = self._image(index)
-        padded, fitted = letterbox(image, size_hw, scaleup=scaleup)
+        padded, fitted = letterboxed(image, size_hw, scaleup=scaleup)
         height, width = image.shape[:2]
         example = self._labelled(index, padded, width * fitted.scale, height * fitted.scale, fitted.pad_xy)
         original_h, original_w = self.shapes_hw[index].tolist()
@@ -462,11 +464,14 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
     """Batches of the images in `sources` (folders, lists, files) labelled for `spec`, and the dataset behind them.
 
     Raises:
-        UserError: no image at all, or training images without a single label.
+        UserError: no image at all, more than a tenth of them unusable (without `skip_bad`), or training images without
+            a single label.
     """
     with rank_zero_first() if options.world_size > 1 else contextlib.nullcontext():
         found = scan(sources, spec, single_cls=options.single_cls, max_pixels=options.max_pixels, prefix=options.prefix)
     places = ", ".join(display_path(source) for source in sources)
+    if not options.skip_bad:
+        refuse_unusable(found, spec, places)
     if not found.samples:
         detail = f" {found.messages[0]}" if found.messages else ""
         raise UserError(f"{display_path(spec.path)}: no usable image in {places}.{detail}")
@@ -488,3 +493,30 @@ def build_validation_loader(spec: DatasetSpec, task: str, **options: Any) -> Loa
     """
     how = LoaderOptions(**{"rect": True, "pad": 0.5, "prefix": f"{task}: ", **options})
     return build_loader(spec, spec.split(task), how)[0]
+
+
+# -------------------------------------------------------------------------------------------- for other people's code
+
+FORWARDED = dict.fromkeys(
+    (
+        "IMG_FORMATS",
+        "VID_FORMATS",
+        "LoadImages",
+        "LoadImagesAndLabels",
+        "LoadScreenshots",
+        "LoadStreams",
+        "create_dataloader",
+        "exif_size",
+        "exif_transpose",
+        "img2label_paths",
+        "letterbox",
+    ),
+    "utils.datasets",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    if name in FORWARDED:
+        return getattr(importlib.import_module(FORWARDED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -209,6 +209,21 @@ def _weights_from_url(url: str) -> Path:
     return target
 
 
+def attempt_download(file: str | Path, repo: str = "ultralytics/yolov5", release: str = RELEASE_TAG) -> str:
+    """`find_weights` with YOLOv5's arguments, as text; an official file that is nowhere comes from `release`.
+
+    Raises:
+        UserError: as `find_weights`, and for a file of another repository that is not here.
+    """
+    name = str(file).strip().replace("'", "")
+    if not os.path.exists(user_path(name)):
+        if repo != "ultralytics/yolov5":
+            raise UserError(f"{name}: not here, and {repo} is not asked for it. Give its https address.")
+        if release != RELEASE_TAG and OFFICIAL.fullmatch(Path(name).name):
+            return str(fetch_weights(Path(name).name, Path.cwd(), tag=release))
+    return str(find_weights(name))
+
+
 # ------------------------------------------------------------------------------------------------------------ fetching
 
 

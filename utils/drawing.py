@@ -164,11 +164,12 @@ def _cached_names(items: tuple[tuple[int, str], ...]) -> Mapping[int, str]:
 class Annotator:
     """Draws boxes and labels on its own copy of a BGR image: `.box(...)`, `.text(...)`, then read `.image`.
 
+    With `in_place` it draws into the image itself, which must be writeable and C-contiguous.
     `line_width` in pixels; None chooses 0.3 % of the mean side, at least 2.
     """
 
-    def __init__(self, image: np.ndarray, line_width: int | None = None) -> None:
-        self.image = np.ascontiguousarray(image).copy()
+    def __init__(self, image: np.ndarray, line_width: int | None = None, *, in_place: bool = False) -> None:
+        self.image = image if in_place else np.ascontiguousarray(image).copy()
         height, width = image.shape[:2]
         self.line_width = line_width or max(round((height + width) / 2 * 0.003), 2)
         # a third of the line width, but on small images no more than leaves room for the picture
@@ -260,16 +261,21 @@ def save_crop(
     *,
     gain: float = 1.02,
     pad: float = 10,
+    square: bool = False,
 ) -> np.ndarray:
     """Write the part of a BGR image around a box as JPEG (quality 95, colour not subsampled) and return it.
 
     Nothing is written where `file` is None.
 
-    The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image.
+    The box grows to `gain` times its width and height plus `pad` pixels around the same centre, inside the image. With
+    `square` its longer side counts for both.
     """
     x1, y1, x2, y2 = (float(value) for value in xyxy[:4])
     height, width = image.shape[:2]
-    half_w, half_h = ((x2 - x1) * gain + pad) / 2, ((y2 - y1) * gain + pad) / 2
+    box_w, box_h = x2 - x1, y2 - y1
+    if square:
+        box_w = box_h = max(box_w, box_h)
+    half_w, half_h = (box_w * gain + pad) / 2, (box_h * gain + pad) / 2
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(int(cx - half_w), 0), max(int(cy - half_h), 0)
     crop = image[top : min(int(cy + half_h), height), left : min(int(cx + half_w), width)]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.augmentations import multi_scale_size
 from utils.boxes import cxcywhn_to_xyxy, undo_letterbox
@@ -25,8 +24,8 @@ from utils.dataloaders import Batch, build_validation_loader
 from utils.inference import DetectOptions, Detector, restore, to_float
 from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix, match
 from utils.optim import ModelEMA, Schedule
+from utils.progress import Bar, EpochRow
 
-BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 TABLE_COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
 TABLE_HEADER = ("%22s" + "%11s" * 6) % TABLE_COLUMNS
 
@@ -158,7 +157,7 @@ def evaluate(
     confusion = ConfusionMatrix(options.num_classes) if options.confusion else None
     losses = torch.zeros(3, device=detector.device)
     seen = batches = 0
-    bar = tqdm(loader, desc="Validating", bar_format=BAR_FORMAT, leave=False, disable=not options.progress)
+    bar = Bar(loader, "Validating", show=options.progress)
     for batches, batch in enumerate(bar, 1):
         known = _labels(batch, detector.device) if options.hybrid else []
         detections, raw = detector(batch.images, labels=known)
@@ -227,7 +226,6 @@ def table_rows(result: EvalResult, names: Mapping[int, str], *, per_class: bool)
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-TRAIN_HEADER = ("%11s" * 7) % ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 ACCELERATOR_LOG_INTERVAL = 20  # batches between two reads of the losses: each read waits for the device
 MAX_GRADIENT_NORM = 10.0
 ComputesLoss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
@@ -281,6 +279,7 @@ class Trainer:
     frozen: Sequence[nn.Module] = ()  # their parameters do not train; their batch norms keep their statistics too
     dtype: torch.dtype | None = None  # of autocast
     scaler: torch.amp.GradScaler = field(init=False)
+    row: EpochRow | None = field(default=None, init=False)  # what the log says of the epoch so far
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -361,7 +360,8 @@ def train_one_epoch(
     steps = schedule.steps_in(epoch)
     monitor = LossMonitor(trainer.device)
     trainer.start_epoch_()
-    bar = tqdm(loader, total=len(steps), bar_format=BAR_FORMAT, disable=not options.progress)
+    trainer.row = EpochRow(epoch, options.epochs)
+    bar = Bar(loader, trainer.row, total=len(steps), show=options.progress)
     for index, batch in enumerate(bar):
         schedule.apply_(trainer.optimizer, epoch * len(steps) + index)
         images = to_float(batch.images, trainer.device)
@@ -379,14 +379,10 @@ def train_one_epoch(
         if on_batch is not None:
             on_batch(index, batch)
         if read:
-            bar.set_description(_progress_row(epoch, options, monitor.mean, len(targets), images))
+            memory = torch.cuda.memory_reserved(images.device) / 1e9 if images.is_cuda else 0.0
+            losses = tuple(monitor.mean.tolist())
+            trainer.row = bar.title = EpochRow(epoch, options.epochs, memory, losses, len(targets), images.shape[-1])
     return monitor.mean
-
-
-def _progress_row(epoch: int, options: TrainOptions, losses: np.ndarray, instances: int, images: Tensor) -> str:
-    memory = f"{torch.cuda.memory_reserved(images.device) / 1e9 if images.is_cuda else 0:.3g}G"
-    row = "%11s" * 2 + "%11.4g" * 5
-    return row % (f"{epoch}/{options.epochs - 1}", memory, *losses, instances, images.shape[-1])
 
 
 def rescale(images: Tensor, options: TrainOptions, rng: np.random.Generator) -> Tensor:

@@ -154,6 +154,19 @@ def _make_numbered(path: Path) -> Path:
     raise FileExistsError(0, f"{MOST_NUMBERED:,} numbered ones exist already")
 
 
+def free_path(path: Path, sep: str = "") -> Path:
+    """`path` where nothing has that name, else the first free of `exp2`, `exp3`, ...; a file keeps its suffix.
+
+    Nothing is made, so another process may take the name first; see `make_run_dir`.
+    """
+    stem, suffix = (path.with_suffix(""), path.suffix) if path.is_file() else (path, "")
+    numbered = (Path(f"{stem}{sep}{number}{suffix}") for number in range(2, MOST_NUMBERED + 1))
+    for candidate in itertools.chain([path], numbered):
+        if not os.path.lexists(candidate):
+            return candidate
+    raise UserError(f"{display_path(path)}: {MOST_NUMBERED:,} numbered ones exist already. Choose another name.")
+
+
 def refuse_read_only(folder: Path) -> None:
     """Raise PermissionError where a folder, or the nearest above it that exists, is marked read-only.
 

@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PillowImage
 from PIL import ImageOps
-from tqdm import tqdm
 
 from utils.config import UserError, display_path
 from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
+from utils.progress import Bar
 from utils.runtime import LOGGER
 
 Image = npt.NDArray[np.uint8]
@@ -396,7 +396,7 @@ class ImageStore:
         with ThreadPoolExecutor(num_cpus()) as pool:  # OpenCV decodes without holding the interpreter's lock
             text = f"{self.prefix}caching images, {what}"
             try:
-                for _ in tqdm(pool.map(work, todo), desc=text, total=len(todo), disable=rank() > 0):
+                for _ in Bar(pool.map(work, todo), text, total=len(todo), show=rank() <= 0):
                     pass
             finally:
                 pool.shutdown(cancel_futures=True)  # a broken image ends it now, not after all others

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.augmentations import letterbox
+from utils.augmentations import letterboxed
 from utils.boxes import Letterbox, undo_letterbox
 from utils.config import UserError
 from utils.nms import non_max_suppression
@@ -147,7 +147,7 @@ def fit(
 
     With `auto` (for images of one shape) only as much is padded as the stride needs; else the batch is `size_hw`.
     """
-    fitted = [letterbox(image, size_hw, auto=auto, stride=stride) for image in images]
+    fitted = [letterboxed(image, size_hw, auto=auto, stride=stride) for image in images]
     rows = np.stack([image[..., ::-1] for image, _ in fitted])  # (B, h, w, 3): channels last is what convolutions read
     return torch.from_numpy(rows).permute(0, 3, 1, 2), [box for _, box in fitted]
 

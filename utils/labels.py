@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from utils.config import UserError, display_path
 from utils.data import DatasetSpec
 from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
 from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape
+from utils.progress import Bar
 from utils.runtime import LOGGER
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
@@ -40,6 +40,8 @@ CACHE_VERSION = 2  # raised when a scan's result changes for the same files
 CACHE_SUFFIX = ".labels.npz"  # not upstream's `.cache`, which holds pickles
 CACHE_BYTES_PER_IMAGE = 200_000  # as if every image had 5,000 boxes, or 20,000 points of polygons
 MESSAGES_SHOWN = 20
+MAX_UNUSABLE = 0.1  # of the images of a split, unless --skip-bad
+MAX_LOOKED_AT = 10_000  # label files that are read again to find out what is wrong with so many
 
 Floats = npt.NDArray[np.float32]
 FOUND, EMPTY, MISSING, CORRUPT = range(4)
@@ -65,6 +67,7 @@ class Scan:
     empty: int
     corrupt: int
     messages: list[str]
+    unusable: list[str] = field(default_factory=list)  # paths of the corrupt images
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def _worth_keeping(labels: Floats, numbers: list[int], path: str | Path) -> tupl
 
 def scan(
     sources: Sequence[Path],
-    spec: DatasetSpec,
+    spec: DatasetSpec | None,
     *,
     single_cls: bool = False,
     workers: int = 8,
@@ -275,21 +278,23 @@ def scan(
 ) -> Scan:
     """Read and check all images of `sources` and their labels, from the cache where nothing has changed since.
 
-    With `single_cls` every class becomes 0, and any class is allowed in the files. A summary and the first problems
-    are logged; all of them are in `messages`, in order of the images whatever the number of workers.
+    With `single_cls` every class becomes 0. With it, or without a `spec`, any class is allowed in the files. A summary
+    and the first problems are logged; all of them are in `messages`, in order of the images whatever the number of
+    workers.
 
     Raises:
         UserError: a source that does not exist.
     """
     files = [str(file) for file in image_files(sources)]
-    num_classes, names_file = None if single_cls else spec.num_classes, display_path(spec.path)
+    num_classes = None if single_cls or spec is None else spec.num_classes
+    names_file = "the dataset" if spec is None else display_path(spec.path)
     title = f"{prefix}Scanning {', '.join(map(display_path, sources))}"
     places, key = _cache_places(sources), _cache_key(files, num_classes, names_file, max_pixels)
     table = _Table.read(places, key, len(files), num_classes or MAX_CLASS)
     if table is None:
         with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
             work = pool.map(lambda file: _examine(file, num_classes, names_file, max_pixels), files)
-            table = _Table.build(tqdm(work, title, len(files), leave=False, disable=rank() > 0 or None))
+            table = _Table.build(Bar(work, title, total=len(files), show=rank() <= 0))
         table.write(places, key)
     found, empty, missing, corrupt = np.bincount(table.status, minlength=4).tolist()
     messages = table.messages.tolist()
@@ -297,7 +302,45 @@ def scan(
     more = [f"... and {len(messages) - MESSAGES_SHOWN} more like these"] if len(messages) > MESSAGES_SHOWN else []
     for message in messages[:MESSAGES_SHOWN] + more:
         LOGGER.warning(f"{prefix}{message}")
-    return Scan(table.samples(files, single_cls), found + empty, missing, empty, corrupt, messages)
+    unusable = [files[index] for index in np.flatnonzero(table.status == CORRUPT)]
+    return Scan(table.samples(files, single_cls), found + empty, missing, empty, corrupt, messages, unusable)
+
+
+def refuse_unusable(found: Scan, spec: DatasetSpec, places: str) -> None:
+    """Stop where more than a tenth of the images cannot be used: what the rest says would not be worth much.
+
+    Raises:
+        UserError: with the counts, the likely cause and the first messages.
+    """
+    total = len(found.samples) + found.corrupt
+    if found.corrupt <= MAX_UNUSABLE * total:
+        return
+    first = " ".join(f"({number}) {_gist(text)}" for number, text in enumerate(found.messages[:3], 1))
+    raise UserError(
+        f"{display_path(spec.path)}: {found.corrupt} of the {total} images in {places} cannot be used. "
+        f"{_likely_cause(found, spec.num_classes)}The first messages: {first} Correct them, or go on without these "
+        "images: --skip-bad."
+    )
+
+
+def _gist(message: str) -> str:
+    """A message's file name and problem, without folders and advice."""
+    place, _, problem = message.partition(": ")
+    return f"{Path(place).name}: {problem.split('. ')[0].split(' (')[0][:60].rstrip('.')}."
+
+
+def _likely_cause(found: Scan, num_classes: int) -> str:
+    """What explains the class numbers of the unusable images, as a sentence; empty where they are all right."""
+    used = {int(label) for sample in found.samples for label in np.unique(sample.labels[:, 0])}
+    for file in found.unusable[:MAX_LOOKED_AT]:
+        used |= {int(label) for label in parse_label_file(label_path(file), None).labels[:, 0]}
+    largest = max(used, default=0)
+    if largest < num_classes:
+        return ""
+    if largest == num_classes and 0 not in used:
+        return f"Do your classes start at 1? They must start at 0, and here they are {min(used)} to {largest}. "
+    entries = f"{num_classes} entr{'y' if num_classes == 1 else 'ies'}"
+    return f"`names:` has {entries}, but classes up to {largest} occur: add the missing names. "
 
 
 class _Examined(NamedTuple):

@@ -40,6 +40,11 @@ class LossHyp:
     label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.999})
 
 
+def smooth_BCE(eps: float = 0.1) -> tuple[float, float]:
+    """What a class's target is where it is present and where it is absent, smoothed by `eps`; YOLOv5's name."""
+    return 1 - eps / 2, eps / 2
+
+
 def scale_gains(hyp: Mapping[str, float], num_layers: int, num_classes: int, imgsz: int) -> dict[str, float]:
     """A copy of `hyp` whose gains fit the network: files state them for 3 levels, 80 classes and 640 pixels.
 
@@ -211,8 +216,8 @@ class ComputeLoss:
         if self.num_classes == 1:
             return rows.new_zeros(())
         logits = rows[:, 5 : 5 + self.num_classes]
-        smoothing = self.hyp.label_smoothing
-        wanted = torch.full_like(logits, smoothing / 2).scatter_(1, class_index[:, None], 1 - smoothing / 2)
+        present, absent = smooth_BCE(self.hyp.label_smoothing)
+        wanted = torch.full_like(logits, absent).scatter_(1, class_index[:, None], present)
         return (self._bce(logits, wanted, self._positive_weights[1]).mean(1) * weight).sum()
 
     def _object_loss(self, logits: Tensor, cell: Tensor, valid: Tensor, iou: Tensor) -> Tensor:

@@ -1,19 +1,23 @@
 """Judging detections: matching with labels, average precision, confusion matrix, fitness. No drawing here.
 
 The numbers are YOLOv5's on purpose, so that results compare with published ones. Where its rules are unusual the
-docstring says so; the one rule we changed is in `ConfusionMatrix`.
+docstring says so; the one rule we changed is in `ConfusionMatrix`. `bbox_iou`, `ap_per_class` and `process_batch` have
+YOLOv5's arguments and results, for other people's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.boxes import box_iou
+from utils.boxes import IouKind, box_iou, paired_iou
 
 IOU_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 CURVE_POINTS = 1_000  # confidences (or recalls) in 0..1 at which curves are given
@@ -21,9 +25,12 @@ SMOOTHING = 0.1  # width of the box filter over the F1 curve, as a fraction of t
 TINY = 1e-16
 
 
-def fitness(precision: float, recall: float, map50: float, map50_95: float) -> float:
-    """The one number by which epochs are ranked: a tenth mAP at IoU 0.5, nine tenths mAP over 0.5..0.95."""
-    return 0.0 * precision + 0.0 * recall + 0.1 * map50 + 0.9 * map50_95
+def fitness(x: np.ndarray) -> np.ndarray:
+    """The number (n,) by which epochs are ranked: a tenth mAP at IoU 0.5, nine tenths mAP over 0.5..0.95.
+
+    `x` (n, 4+) holds precision, recall, mAP50, mAP50-95 and whatever follows.
+    """
+    return (x[:, :4] * (0.0, 0.0, 0.1, 0.9)).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ matching
@@ -117,7 +124,7 @@ class APResult:
 
     @property
     def fitness(self) -> float:
-        return fitness(self.mean_precision, self.mean_recall, self.map50, self.map)
+        return float(fitness(np.array([(self.mean_precision, self.mean_recall, self.map50, self.map)]))[0])
 
     def maps(self, num_classes: int) -> np.ndarray:
         """`ap50_95` by class index (num_classes,); classes without labels get the mean."""
@@ -325,9 +332,9 @@ def _smooth(values: np.ndarray, fraction: float) -> np.ndarray:
 
 
 class ConfusionMatrix:
-    """Counts (num_classes + 1, num_classes + 1) of [predicted, true] class; the last of each is background.
+    """Counts `matrix` (nc + 1, nc + 1) of [predicted, true] class; the last of each is background.
 
-    Detections above `conf` and labels are paired whatever their class where their IoU is above `iou`: each
+    Detections above `conf` and labels are paired whatever their class where their IoU is above `iou_thres`: each
     detection with the label it overlaps most, each label with the one among those that overlaps it most. A label
     left over counts as [background, true], a detection left over as [predicted, background].
 
@@ -335,16 +342,16 @@ class ConfusionMatrix:
     images without labels are never looked at, so its background column is too small.
     """
 
-    def __init__(self, num_classes: int, conf: float = 0.25, iou: float = 0.45) -> None:
-        self.num_classes, self.conf, self.iou = num_classes, conf, iou
-        self.matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    def __init__(self, nc: int, conf: float = 0.25, iou_thres: float = 0.45) -> None:
+        self.nc, self.conf, self.iou_thres = nc, conf, iou_thres
+        self.matrix = np.zeros((nc + 1, nc + 1), np.int64)
 
     def update(self, detections: Tensor, truth: Tensor) -> None:
         """Add an image: detections (k, 6+) of xyxy, confidence, class; labels (n, 5) of class, xyxy; same pixels."""
         detections, truth = detections.detach().cpu(), truth.detach().cpu()
         detections = detections[detections[:, 4] > self.conf]
         predicted, true = detections[:, 5].long(), truth[:, 0].long()
-        background = torch.tensor(self.num_classes)
+        background = torch.tensor(self.nc)
         detection_of, label_of = self._pairs(detections, truth)
         free_detection, free_label = torch.ones_like(predicted, dtype=torch.bool), torch.ones_like(true).bool()
         free_detection[detection_of], free_label[label_of] = False, False
@@ -359,6 +366,86 @@ class ConfusionMatrix:
             return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         best_iou, best_label = box_iou(detections[:, :4], truth[:, 1:]).max(1)
         order = best_iou.argsort(descending=True, stable=True)
-        claims = (best_iou[order] > self.iou)[:, None]
+        claims = (best_iou[order] > self.iou_thres)[:, None]
         chosen = order[(claims & _first_claims(claims, best_label[order], len(truth)))[:, 0]]
         return chosen, best_label[chosen]
+
+    def process_batch(self, detections: Tensor | None, labels: Tensor) -> None:
+        """`update` under YOLOv5's name; None stands for an image without detections."""
+        self.update(labels.new_zeros(0, 6) if detections is None else detections, labels)
+
+    def tp_fp(self) -> tuple[np.ndarray, np.ndarray]:
+        """True and false positives per class, two (nc,)."""
+        right = self.matrix.diagonal()
+        return right[:-1], (self.matrix.sum(1) - right)[:-1]
+
+    def plot(
+        self, normalize: bool = True, save_dir: str | Path = "", names: Mapping[int, str] | Sequence[str] = ()
+    ) -> None:
+        """Write `confusion_matrix.png` into `save_dir`; columns add up to 1 in it whatever `normalize` says."""
+        __getattr__("plot_confusion")(self.matrix, _numbered(names, self.nc), Path(save_dir) / "confusion_matrix.png")
+
+
+# ------------------------------------------------------------------------------------------- for other people's code
+
+FORWARDED = {"plot_confusion": "utils.plots", "plot_curves": "utils.plots"}
+
+
+def __getattr__(name: str) -> Any:
+    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    if name in FORWARDED:
+        return getattr(importlib.import_module(FORWARDED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def bbox_iou(
+    box1: Tensor,
+    box2: Tensor,
+    xywh: bool = True,
+    GIoU: bool = False,
+    DIoU: bool = False,
+    CIoU: bool = False,
+    eps: float = 1e-7,
+) -> Tensor:
+    """IoU (n, 1) of boxes `box1` (1, 4) or (n, 4) with `box2` (n, 4); centre and size, or corners without `xywh`."""
+    kind: IouKind = "ciou" if CIoU else "diou" if DIoU else "giou" if GIoU else "iou"
+    return paired_iou(box1, box2, kind, "cxcywh" if xywh else "xyxy", eps)[..., None]
+
+
+def ap_per_class(
+    tp: np.ndarray,
+    conf: np.ndarray,
+    pred_cls: np.ndarray,
+    target_cls: np.ndarray,
+    plot: bool = False,
+    save_dir: str | Path = ".",
+    names: Mapping[int, str] | Sequence[str] = (),
+    eps: float = TINY,
+    prefix: str = "",
+) -> tuple[np.ndarray, ...]:
+    """Counts and averages of the c classes that have labels.
+
+    Args:
+        tp: (k, thresholds) bool, which detections are right.
+        conf, pred_cls: (k,) their confidences and classes.
+        target_cls: (n,) classes of all labels.
+        plot: write the four curves into `save_dir`, their file names beginning with `prefix`.
+        eps: has no effect: it keeps the place of YOLOv5's argument, whose default is what divisions use here.
+
+    Returns:
+        True positives, false positives, precision, recall, F1 (c,), average precision (c, thresholds), classes (c,).
+    """
+    num_classes = int(max([-1.0, *np.asarray(target_cls).reshape(-1), *np.asarray(pred_cls).reshape(-1)])) + 1
+    average = AveragePrecision(num_classes, tp.shape[1])
+    average.update(np.asarray(tp, bool), conf, pred_cls, target_cls)
+    result = average.compute()
+    if plot:
+        __getattr__("plot_curves")(result, _numbered(names, num_classes), Path(save_dir), prefix=prefix)
+    counts = result.true_positives, result.false_positives
+    return (*counts, result.precision, result.recall, result.f1, result.ap, result.classes)
+
+
+def _numbered(names: Mapping[int, str] | Sequence[str], count: int) -> dict[int, str]:
+    """Class names by number; a class without one is called by its number."""
+    known = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+    return {index: str(known.get(index, index)) for index in range(count)}

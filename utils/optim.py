@@ -69,6 +69,20 @@ def build_optimizer(model: nn.Module, name: str, hyp: OptimHyp, batch_size: int)
     return kind(groups, lr=hyp.lr0, betas=(hyp.momentum, 0.999), **kernels)
 
 
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """The log's line on an optimizer of `build_optimizer`: its kind, first learning rate, and what decays how much.
+
+    >>> describe(build_optimizer(model, "SGD", OptimHyp(), 64))
+    'optimizer: SGD(lr=0.01) with parameter groups 57 weight(decay=0.0), 60 weight(decay=0.0005), 60 bias'
+    """
+    biases, weights, scales = optimizer.param_groups
+    return (
+        f"optimizer: {type(optimizer).__name__}(lr={weights['lr']:g}) with parameter groups "
+        f"{len(scales['params'])} weight(decay={scales['weight_decay']}), "
+        f"{len(weights['params'])} weight(decay={weights['weight_decay']:g}), {len(biases['params'])} bias"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ schedule
 
 

@@ -1,7 +1,8 @@
 """Charts: curves, confusion matrix, labels, training results, speed study. The only importer of matplotlib.
 
 Figures are made and saved through their own Agg canvas, so nothing here changes a user's pyplot or its backend.
-Pictures with boxes are drawn by utils.drawing, whose names are offered here too.
+Pictures with boxes are drawn by utils.drawing, whose names are offered here too. What is below "for other people's
+code" has YOLOv5's arguments.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -24,11 +26,14 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from utils import drawing
 from utils.config import UserError, display_path
-from utils.drawing import PALETTE, Annotator, color, feature_maps, plot_batch, save_crop, system_font
+from utils.drawing import PALETTE, color, feature_maps, plot_batch, save_crop, system_font
+from utils.files import free_path
 from utils.runtime import LOGGER
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from utils.dataloaders import Batch
@@ -38,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Annotator",
     "color",
+    "colors",
     "feature_maps",
+    "feature_visualization",
     "plot_batch",
     "plot_confusion",
     "plot_curves",
@@ -46,9 +53,11 @@ __all__ = [
     "plot_evaluation_batch",
     "plot_gates",
     "plot_labels",
+    "plot_one_box",
     "plot_results",
     "plot_study",
     "save_crop",
+    "save_one_box",
 ]
 
 INK, BLUE, RED, GREY = "#1f2933", "#1764ab", "#d1495b", "#b8c1cc"
@@ -130,15 +139,15 @@ def plot_evaluation(result: EvalResult, names: Mapping[int, str], save_dir: Path
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
-def plot_curves(result: APResult, names: Mapping[int, str], save_dir: str | Path) -> None:
-    """Write `PR_curve.png`, `F1_curve.png`, `P_curve.png` and `R_curve.png` (at IoU 0.5) into `save_dir`."""
+def plot_curves(result: APResult, names: Mapping[int, str], save_dir: str | Path, prefix: str = "") -> None:
+    """Write `PR_curve.png`, `F1_curve.png`, `P_curve.png`, `R_curve.png` (at IoU 0.5), `prefix` before each name."""
     save_dir = Path(save_dir)
     shown, font = _labels({int(c): names.get(int(c), str(int(c))) for c in result.classes})
     labels = list(shown.values())
     px = result.px
     pr_labels = [f"{label}  {value:.3f}" for label, value in zip(labels, result.ap50)]
     mean = f"all classes  {result.map50:.3f} mAP@0.5"
-    _curves(save_dir / "PR_curve.png", px, result.pr_curve, pr_labels, mean, ("Recall", "Precision"), font)
+    _curves(save_dir / f"{prefix}PR_curve.png", px, result.pr_curve, pr_labels, mean, ("Recall", "Precision"), font)
     for curve, name, axis in (
         (result.f1_curve, "F1", "F1"),
         (result.precision_curve, "P", "Precision"),
@@ -148,7 +157,7 @@ def plot_curves(result: APResult, names: Mapping[int, str], save_dir: str | Path
         if len(curve):
             best = int(curve.mean(0).argmax())
             mean = f"all classes  {curve.mean(0)[best]:.2f} at {px[best]:.3f}"
-        _curves(save_dir / f"{name}_curve.png", px, curve, labels, mean, ("Confidence", axis), font)
+        _curves(save_dir / f"{prefix}{name}_curve.png", px, curve, labels, mean, ("Confidence", axis), font)
 
 
 def _curves(
@@ -390,3 +399,119 @@ def plot_study(files: Sequence[str | Path], sizes: Sequence[int], file: str | Pa
     axes.grid(color="#e6eaee", linewidth=0.8)
     axes.legend(loc="best", frameon=False, labelcolor=INK)
     figure.savefig(file, dpi=200)
+
+
+# -------------------------------------------------------------------------------------------- for other people's code
+
+
+class Colors:
+    """Callable: class number -> its colour as RGB, or as BGR where asked; the twenty colours repeat."""
+
+    n = len(PALETTE)
+
+    def __call__(self, i: Any, bgr: bool = False) -> tuple[int, int, int]:
+        return color(i) if bgr else color(i)[::-1]
+
+
+colors = Colors()
+
+
+class Annotator:
+    """`drawing.Annotator` with YOLOv5's methods: `box_label`, `rectangle`, `text`, then `result`.
+
+    It draws into the array it is given where that can be written to and has its rows one after the other, and into a
+    copy otherwise. `im` is BGR, or a PIL image, whose channels then keep their order. Which font draws depends on the
+    text alone: `font_size`, `font`, `pil` and `example` have no effect. A label is black or white on its box's colour,
+    whichever reads better; `txt_color` is that of `text` only.
+    """
+
+    def __init__(
+        self,
+        im: np.ndarray | Image,
+        line_width: int | None = None,
+        font_size: float | None = None,
+        font: str = "Arial.ttf",
+        pil: bool = False,
+        example: str = "abc",
+    ) -> None:
+        array = np.asarray(im)
+        in_place = array.flags.writeable and array.flags.c_contiguous
+        self._ours = drawing.Annotator(array, line_width and int(line_width), in_place=in_place)
+        self.lw = self._ours.line_width
+
+    @property
+    def im(self) -> np.ndarray:
+        """The image so far."""
+        return self._ours.image
+
+    def box_label(
+        self,
+        box: Any,
+        label: str = "",
+        color: tuple[int, int, int] = (128, 128, 128),
+        txt_color: tuple[int, int, int] = (255, 255, 255),
+    ) -> None:
+        """Draw a box (x1, y1, x2, y2 in pixels) with its label."""
+        self._ours.box([float(value) for value in box[:4]], label or "", color)
+        _ = self.im  # whoever looks at the image itself finds the label, too
+
+    def rectangle(self, xy: Any, fill: Any = None, outline: Any = None, width: int = 1) -> None:
+        """Draw a rectangle (x1, y1, x2, y2), filled with one colour, framed with another."""
+        x1, y1, x2, y2 = (int(value) for value in np.asarray(xy).reshape(-1))
+        if fill is not None:
+            cv2.rectangle(self.im, (x1, y1), (x2, y2), fill, -1)
+        if outline is not None:
+            cv2.rectangle(self.im, (x1, y1), (x2, y2), outline, width)
+
+    def text(self, xy: Any, text: str, txt_color: tuple[int, int, int] = (255, 255, 255), anchor: str = "top") -> None:
+        """Write one line whose upper left corner, or lower left with the anchor `bottom`, is at (x, y)."""
+        _, ascent, descent = self._ours._text_size(text)
+        baseline = int(xy[1]) - descent if anchor == "bottom" else int(xy[1]) + ascent
+        self._ours._write(text, (int(xy[0]), baseline), txt_color)
+
+    def result(self) -> np.ndarray:
+        """The annotated image."""
+        return self.im
+
+
+def plot_one_box(
+    x: Any,
+    im: np.ndarray,
+    color: tuple[int, int, int] | None = (128, 128, 128),
+    label: str | None = None,
+    line_thickness: int = 3,
+) -> None:
+    """Draw a box (x1, y1, x2, y2 in pixels) with its label into a BGR image, in place.
+
+    Raises:
+        ValueError: an array that cannot be drawn into, such as a view with its channels turned around.
+    """
+    if not (im.flags.writeable and im.flags.c_contiguous):
+        raise ValueError("plot_one_box draws into the image: pass np.ascontiguousarray(im) and keep that array.")
+    Annotator(im, line_width=line_thickness).box_label(x, label or "", color or (128, 128, 128))
+
+
+def save_one_box(
+    xyxy: Any,
+    im: np.ndarray,
+    file: str | Path = Path("im.jpg"),
+    gain: float = 1.02,
+    pad: float = 10,
+    square: bool = False,
+    BGR: bool = False,
+    save: bool = True,
+) -> np.ndarray:
+    """The part of an image (RGB, or BGR where said) around a box, as BGR; with `save` also as a JPEG.
+
+    The file ends in `.jpg` whatever suffix is given, and is numbered (`im2.jpg`, ...) where one is there.
+    """
+    box = [float(value) for value in np.asarray(xyxy).reshape(-1)[:4]]
+    target = free_path(Path(file).with_suffix(".jpg")) if save else None
+    return save_crop(box, im if BGR else im[..., ::-1], target, gain=gain, pad=pad, square=square)
+
+
+def feature_visualization(
+    x: Tensor, module_type: str, stage: int, n: int = 32, save_dir: str | Path = "runs/detect/exp"
+) -> None:
+    """`feature_maps` with YOLOv5's arguments."""
+    feature_maps(stage, module_type, x, save_dir, max_maps=n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ class Recorder:
             image = cv2.imread(str(file)) if file.is_file() else None
             if image is not None:
                 self._board.add_image(file.stem, image[..., ::-1].copy(), epoch, dataformats="HWC")
+
+    @property
+    def tensorboard(self) -> str:
+        """The log's line on TensorBoard: how to look at this run and its neighbours."""
+        look = f"tensorboard --logdir {shlex.quote(display_path(self.file.parent.parent))}"
+        return (
+            f"TensorBoard: {look}"
+            if self._board is not None
+            else (
+                f"TensorBoard: not installed, so only results.csv is written. `pip install tensorboard`, then: {look}"
+            )
+        )
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -64,8 +64,9 @@ def run_script(main: Callable[[], Any]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        advice = f". {interruption}" if interruption.args else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output (head, less) went away
         _drop_output()

@@ -44,7 +44,7 @@ class Frame:
 
     `image` is uint8 BGR (H, W, 3). `mode` is image, video, stream or screen. `frame_index` counts from 1 within a video
     or stream, `frame_count` is 0 where unknown, `fps` is what a written video is to play at, `prefix` starts the log
-    line, and `source_index` tells the streams of one round apart.
+    line, `source_index` tells the streams of one round apart, and `capture` is the video that is being read.
     """
 
     path: str
@@ -55,20 +55,22 @@ class Frame:
     fps: float = 30.0
     prefix: str = ""
     source_index: int = 0
+    capture: cv2.VideoCapture | None = None
 
 
 @dataclass
 class Source:
     """Frames, one by one (iterate it) or in rounds (`rounds()`: one list per step, one frame of each stream).
 
-    `mode` is files, stream or screen; `count` the number of files or streams, None where there is no end; `skipped`
-    fills with a line for every file that could not be read, or not to its end.
+    `mode` is files, stream or screen; `count` the number of files or streams, None where there is no end; `paths` the
+    files; `skipped` fills with a line for every file that could not be read, or not to its end.
     """
 
     mode: str
     count: int | None
     start: Callable[[Source], Rounds]
     skipped: list[str] = field(default_factory=list)
+    paths: tuple[Path, ...] = ()
 
     @property
     def live(self) -> bool:
@@ -119,7 +121,7 @@ def open_source(
     if text.lower().startswith(STREAM_SCHEMES):
         if _suffix(split_address(text).path) not in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
             return streams([text], vid_stride)
-        return files([_fetch(text)], vid_stride, max_pixels)
+        return files([fetch_media(text)], vid_stride, max_pixels)
     if _suffix(text) == ".streams":
         return streams([line for _, line in _lines(Path(os.path.expanduser(text)))], vid_stride)
     return files(_expand(text), vid_stride, max_pixels)
@@ -129,7 +131,7 @@ def _suffix(path: str | Path) -> str:
     return Path(path).suffix.lower()
 
 
-def _fetch(url: str) -> Path:
+def fetch_media(url: str) -> Path:
     """An image or video from the web, saved in the working directory under its own name; one already there is used."""
     name = Path(unquote(split_address(url).path).replace("\\", "/")).name
     if "\0" in name or len(os.fsencode(name)) > MAX_NAME_BYTES:
@@ -219,7 +221,8 @@ def _listed(file: Path) -> list[Path]:
 
 def files(paths: Sequence[Path], vid_stride: int = 1, max_pixels: int = MAX_PIXELS) -> Source:
     """Images and videos. One that cannot be read is skipped and counted; with nothing else to read it is an error."""
-    return Source("files", len(paths), lambda source: _file_rounds(source, paths, vid_stride, max_pixels))
+    files = tuple(paths)
+    return Source("files", len(files), lambda src: _file_rounds(src, files, vid_stride, max_pixels), paths=files)
 
 
 def _file_rounds(source: Source, paths: Sequence[Path], vid_stride: int, max_pixels: int) -> Rounds:
@@ -260,7 +263,7 @@ def _video_frames(source: Source, path: Path, place: str, stride: int) -> Iterat
             index, count = read // stride, max(total // stride, read // stride) if total else 0
             prefix = f"video {place} ({index}/{count or '?'}) {path}: "
             # played at the source's speed whatever the stride
-            yield Frame(str(path), image, "video", index, count, fps / stride, prefix)
+            yield Frame(str(path), image, "video", index, count, fps / stride, prefix, capture=capture)
     finally:
         capture.release()
     if read < stride:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.augmentations import TRANSFORMS
-from utils.autoanchor import AnchorHyp, check_anchors, write_anchors
+from utils.autoanchor import AnchorHyp, judge_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
@@ -58,6 +58,7 @@ def build_loaders(
         single_cls=options.single_cls,
         workers=options.workers,
         max_pixels=options.max_megapixels * 1_000_000,
+        skip_bad=options.skip_bad,
     )
     cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
     per_process = options.batch_size // world_size()
@@ -87,7 +88,7 @@ def fit_anchors_(
     """Replace the head's anchors where others fit the labels clearly better, unless they are to be kept; logs which."""
     rng = np.random.default_rng(options.seed)
     labels, shapes_hw = dataset.labels_list, dataset.shapes_hw
-    check = check_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], keep=keep, rng=rng)
+    check = judge_anchors(head, labels, shapes_hw, options.imgsz, thr=hyp["anchor_t"], keep=keep, rng=rng)
     for warning in check.warnings:
         LOGGER.warning(warning)
     LOGGER.info("\n".join(check.messages))

@@ -18,7 +18,7 @@ from models.common import Gate
 from models.gates.start import gates_in
 from models.graph import gates as gate_names
 from models.yolo import DetectionModel
-from utils.augmentations import letterbox
+from utils.augmentations import letterboxed
 from utils.config import UserError, check_minimum, display_path
 from utils.downloads import find_weights
 from utils.files import make_run_dir
@@ -122,7 +122,7 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
     model.eval()
     try:
         for image in images:
-            boxed, _ = letterbox(image, imgsz, auto=True, stride=stride)
+            boxed, _ = letterboxed(image, imgsz, auto=True, stride=stride)
             rgb = torch.from_numpy(np.ascontiguousarray(boxed[..., ::-1])).permute(2, 0, 1)[None]
             model(to_float(rgb, device))
     finally:

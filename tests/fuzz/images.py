@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.fuzz.damage import NUMBERS, damage_bytes
 from tests.fuzz.harness import Target
-from utils.augmentations import letterbox
+from utils.augmentations import letterboxed
 from utils.config import UserError
 from utils.images import image_shape, read_image
 
@@ -143,7 +143,7 @@ def _case(rng: np.random.Generator, folder: Path) -> object:
 def _detect(path: Path) -> None:
     image = read_image(path)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-    letterbox(image, (64, 64), auto=True)
+    letterboxed(image, (64, 64), auto=True)
 
 
 TARGETS: tuple[Target, ...] = (Target("images", _case, seconds=10, megabytes=1000),)
