@@ -57,6 +57,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.backends.onnx",
         "models.backends.openvino",
         "models.backends.yolov5",
+        "models.backends.files",
+        "models.backends.multi",
         "models.backends",
     ),
     "judging": ("utils.nms", "utils.loss", "utils.metrics", "utils.autoanchor", "utils.tasks"),

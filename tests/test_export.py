@@ -304,6 +304,20 @@ def test_an_ensemble_is_made_of_checkpoints(best: Path) -> None:
         load(file)(X, augment=True)
 
 
+def test_yolov5s_wrapper_takes_every_format(best: Path) -> None:
+    needs("onnx", "onnxruntime")
+    from models.common import DetectMultiBackend
+
+    (file,) = export.run(weights=str(best), include="onnx", imgsz=[96, 64])
+    with torch.no_grad():
+        ours, theirs = DetectMultiBackend(best), DetectMultiBackend(file, torch.device("cpu"), False, None, True)
+        assert (ours.pt, ours.onnx, theirs.pt, theirs.onnx) == (True, False, False, True)
+        assert ours.names == theirs.names and ours.stride == theirs.stride == 32 and not theirs.fp16
+        assert len(ours(X)[1]) == 3
+        torch.testing.assert_close(theirs(X), ours(X)[0], rtol=1e-4, atol=1e-3)
+    theirs.warmup((1, 3, 96, 64))
+
+
 def test_an_onnx_file_without_metadata_numbers_its_classes(best: Path) -> None:
     needs("onnx", "onnxruntime")
     import onnx
