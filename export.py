@@ -10,6 +10,7 @@ From Python: `export.run(weights="best.pt", include=["onnx"])`; the keywords are
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,10 @@ def _run(options: argparse.Namespace) -> list[str]:
     faults: list[str] = []
     for weights in options.weights:
         source = Path(find_weights(weights))
+        # a file that was found by its name lies where it is shared with others: what comes from it is written here
+        stem = (source if Path(weights).exists() else Path(source.name)).with_suffix("")
+        if not os.access(stem.parent, os.W_OK):
+            raise UserError(f"{display_path(stem.parent)}: may not be written to. Copy {source.name} elsewhere first.")
         reference = load(source, device)
         reference.size_hw = size_hw = input_hw(options.imgsz, reference)
         how = export_options(options, source, size_hw, reference)
@@ -123,7 +128,7 @@ def _run(options: argparse.Namespace) -> list[str]:
             )
         images = load_images(options, size_hw, "val", COMPARED_IMAGES)
         for name in options.include:
-            path = KINDS[name].export(reference.model, source.with_suffix(""), how)
+            path = KINDS[name].export(reference.model, stem, how)
             LOGGER.info(f"{name}: {display_path(path)} ({size_mb(path):.1f} MB)")
             written.append(str(path))
             bounds = KINDS[name].bounds(how)

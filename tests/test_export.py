@@ -75,6 +75,17 @@ def test_a_file_computes_what_its_checkpoint_computes(include: str, dynamic: boo
         torch.testing.assert_close(predictions(network, other), predictions(reference, other), rtol=1e-4, atol=1e-3)
 
 
+def test_weights_found_by_name_are_exported_into_the_working_directory(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = in_tmp / "shared"
+    shared.mkdir()
+    tiny(shared / "known.pt")
+    monkeypatch.setenv("YOLOV5_WEIGHTS_DIR", str(shared))
+    assert export.run(weights="known.pt", imgsz=64) == ["known.torchscript"]
+    assert [file.name for file in shared.iterdir()] == ["known.pt"] and (in_tmp / "known.torchscript").is_file()
+
+
 def test_the_yolov5_file_is_a_checkpoint_like_any_other(best: Path) -> None:
     (file,) = export.run(weights=str(best), include=["yolov5"], imgsz=64)
     assert Path(file).name == "best-yolov5.pt"
