@@ -41,7 +41,7 @@ class BaseModel(nn.Module):
     model: nn.Sequential
     save: list[int]
     yaml: dict[str, Any]
-    yaml_file: str | None
+    yaml_file: str | None = None
     names: dict[int, str]
     stride: Tensor
 

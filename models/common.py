@@ -63,6 +63,7 @@ class Conv(ScaledLayer):
     """
 
     reads = ("conv",)
+    default_act = True  # of objects that YOLOv5 pickled
 
     def __init__(
         self, c1: int, c2: int, k: Pair = 1, s: Pair = 1, p: Pair | None = None, g: int = 1, d: int = 1, act: Act = True
@@ -78,6 +79,15 @@ class Conv(ScaledLayer):
         if self.bn is not None:
             x = self.bn(x)
         return self.act(x)
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        """What YOLOv5's own folding replaces `forward` by; files that it saved after that name it."""
+        return self.act(self.conv(x))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the attributes of a pickled block; one that YOLOv5 folded has no batch norm."""
+        super().__setstate__(state)
+        self._modules.setdefault("bn", None)
 
     @torch.no_grad()
     def fuse_(self) -> None:
@@ -374,6 +384,7 @@ class Gate(nn.Module):
     """
 
     wiring = ("preserve",)
+    gain = 1.0
     neutral: float | None = 0.5
     top: float | None = 1.0  # what `scale` cannot exceed; None where it is not bounded
 

@@ -55,7 +55,8 @@ class AutoShape(nn.Module):
         super().__init__()
         if verbose:
             LOGGER.info("Adding AutoShape...")
-        self.model = model if hasattr(model, "device") else PyTorch([model])
+        model = getattr(model, "backend", model)  # of a DetectMultiBackend
+        self.model = model if isinstance(model, Backend) else PyTorch([model])
         self.names: dict[int, str] = dict(self.model.names)  # type: ignore[arg-type]
         self.stride = int(torch.as_tensor(self.model.stride).max())
         inner = getattr(self.model, "model", None)

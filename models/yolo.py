@@ -74,6 +74,9 @@ class Detect(nn.Module):
     """
 
     anchors: Tensor  # (nl, na, 2) in cells of each level
+    inplace = True
+    export = False
+    dynamic = False  # rebuild the grid every time, for a traced graph
 
     def __init__(
         self, nc: int = 80, anchors: Anchors = (), ch: Sequence[int] = (), inplace: bool = True, *, nm: int = 0
@@ -82,11 +85,8 @@ class Detect(nn.Module):
         self.nc, self.no = nc, nc + 5 + nm
         self.nl, self.na = len(anchors), len(anchors[0]) // 2
         self.inplace = inplace
-        self.dynamic = False  # rebuild the grid every time, for a traced graph
-        self.export = False
         self.stride = torch.ones(self.nl)
-        self.grid = [torch.empty(0) for _ in anchors]
-        self.anchor_grid = [torch.empty(0) for _ in anchors]
+        self._forget_grids()
         self.register_buffer("anchors", torch.tensor(anchors).float().view(self.nl, -1, 2))
         self.m = nn.ModuleList(nn.Conv2d(c, self.no * self.na, 1) for c in ch)
 
@@ -135,8 +135,8 @@ class Detect(nn.Module):
         """Rebuild the cached cell centres (minus 0.5) and pixel anchors, (1, na, H, W, 2), unless they fit exactly."""
         _, _, h, w, _ = level.shape
         cached = self.grid[i]
-        same = cached.shape[2:4] == (h, w) and cached.dtype == level.dtype and cached.device == level.device
-        if same and not self.dynamic:
+        same = not self.dynamic and cached.shape[2:4] == (h, w)
+        if same and cached.dtype == level.dtype and cached.device == level.device:
             return
         columns = torch.arange(w, device=level.device, dtype=level.dtype)
         rows = torch.arange(h, device=level.device, dtype=level.dtype)
@@ -163,6 +163,20 @@ class Detect(nn.Module):
                 else:
                     share = class_frequency.float() / class_frequency.sum().clamp_min(1)
                     bias[:, 5 : 5 + self.nc] += share.clamp_min(1e-6).log().to(bias)
+
+    def _forget_grids(self) -> None:
+        """Let the next forward pass make the grids anew."""
+        self.grid = [torch.empty(0) for _ in range(self.nl)]
+        self.anchor_grid = [torch.empty(0) for _ in range(self.nl)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the attributes of a pickled head, YOLOv5's included, without the grids it was saved with.
+
+        Those of v6.0 and v6.1 lie half a cell beside ours at the same size, and v6.0 has `anchor_grid` as a buffer.
+        """
+        super().__setstate__(state)
+        self._buffers.pop("anchor_grid", None)
+        self._forget_grids()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Detect:
         """Move or cast the stride, too, which is no buffer; the grids are rebuilt by the next forward pass."""

@@ -267,7 +267,7 @@ def test_grids_are_never_stale(nano: DetectionModel) -> None:
         assert back(x)[0].dtype == back.head.grid[0].dtype == torch.float32
         torch.testing.assert_close(back.head.grid[0], fresh_grid(nano, x), atol=0, rtol=0)
         poisoned = copy.deepcopy(nano)
-        poisoned.head.grid = [grid[:, :, :1] for grid in poisoned.head.grid]
+        poisoned.head.grid = [grid[:, :, :1] for grid in nano.head.grid]
         torch.testing.assert_close(poisoned(x)[0], nano(x)[0])
 
 

@@ -148,6 +148,29 @@ def absorbing(model: DetectionModel, index: int, constant: float) -> tuple[Edits
     return edits, ""
 
 
+@torch.no_grad()
+def absorb_gain_(model: DetectionModel, index: int) -> str:
+    """Give the gate in row `index` a gain of 1 and multiply the layers that read it instead, in place.
+
+    The network computes the same, bit for bit. Returns '', or what stands in the way; the network is then unchanged.
+    """
+    gates = gates_in(model.model[index])
+    if all(gate.gain == 1 for gate in gates):
+        return ""
+    gain = gates[-1].gain
+    if len(gates) > 1:
+        return "a gate reads what another one's gain multiplies"
+    if math.frexp(gain)[0] != 0.5:
+        return f"its gain of {gain:g} is no power of two, so that taking it into other weights would round them"
+    edits, obstacle = absorbing(model, index, 1 / gain)
+    if obstacle:
+        return f"{obstacle} cannot absorb it"
+    for layer, scale in edits:
+        _divide_(layer, scale)
+    set_gain_(model, index, 1.0)
+    return ""
+
+
 def _passed(layer: nn.Module, parts: list[Tensor]) -> Tensor | None:
     """The factors (c,) of a layer's output channels, where the layer lets constants through."""
     if isinstance(layer, nn.Sequential):
