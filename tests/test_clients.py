@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from models import backends
 from models.checkpoints.files import load_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -128,8 +127,6 @@ def video(case: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_a_tracker_follows_the_same_objects_through_all_frames(
     case: tuple[Path, Path], video: Path, tmp_path: Path
 ) -> None:
-    if not hasattr(backends, "DetectMultiBackend"):
-        pytest.skip("models.backends has no DetectMultiBackend")
     weights = case[0]
     said = run(tmp_path, "tracker.py", "--weights", weights, "--source", video, "--project", tmp_path / "runs")
     assert "video 1/1 (5/5)" in said and "Speed: " in said
