@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.backends import PyTorch
+from models.backends import Backend, PyTorch
 from utils.boxes import xyxy_to_cxcywh
 from utils.config import UserError
 from utils.downloads import download
