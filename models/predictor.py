@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,8 +266,10 @@ class Detections:
     def save(self, labels: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False) -> Path:
         """Write the images with boxes into a new folder (or `save_dir` itself), and return the folder."""
         folder = _folder(save_dir, exist_ok)
+        taken: set[str] = set()
         for number, file in enumerate(self.files):
-            write_image(folder / file, self._drawn(number, labels)[..., ::-1])
+            name = _free(file, taken)
+            write_image(folder / name, self._drawn(number, labels)[..., ::-1])
         LOGGER.info(f"Saved {self.n} image{'s' * (self.n > 1)} to {folder}")
         return folder
 
@@ -278,16 +281,15 @@ class Detections:
         With `save` the parts are written to `crops/CLASS/` in a new folder (or `save_dir` itself).
         """
         folder = _folder(save_dir, exist_ok) if save else None
-        taken: dict[Path, int] = {}
+        taken: dict[str, set[str]] = {}  # file names, by class
         crops = []
         for image, rows, name in zip(self.ims, self.pred, self.files):
             for *box, confidence, index in reversed(rows.tolist()):
                 label = f"{self.names[int(index)]} {confidence:.2f}"
                 file = None
                 if folder is not None:
-                    file = folder / "crops" / self.names[int(index)].replace("/", "_") / name
-                    taken[file] = number = taken.get(file, 0) + 1
-                    file = file if number == 1 else file.with_stem(f"{file.stem}{number}")
+                    place = self.names[int(index)].replace("/", "_")
+                    file = folder / "crops" / place / _free(name, taken.setdefault(place, set()))
                 part = save_crop(box, image[..., ::-1], file)
                 crops.append({"box": box, "conf": confidence, "cls": index, "label": label, "im": part})
         if folder is not None:
@@ -362,6 +364,13 @@ class Detections:
         for *box, confidence, index in reversed(self.pred[number].tolist()):
             annotator.box(box, f"{names[int(index)]} {confidence:.2f}" if labels else "", color(int(index)))
         return annotator.image[..., ::-1]
+
+
+def _free(file: str, taken: set[str]) -> str:
+    """`a.jpg`, or `a2.jpg`, `a3.jpg`, ... where it is taken; it is taken then."""
+    name = next(n for k in itertools.count(1) if (n := f"{Path(file).stem}{k if k > 1 else ''}.jpg") not in taken)
+    taken.add(name)
+    return name
 
 
 def _folder(save_dir: str | Path, exist_ok: bool) -> Path:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 DOCUMENTS = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/experiments.md")
 OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")  # fetched by name
-OWN_FILES = ("best.pt", "data/fruit.yaml")  # the reader's own, in the examples
+OWN_FILES = ("best.pt", "best.onnx", "data/fruit.yaml")  # the reader's own, in the examples
 RUN_FILES = re.compile(r"runs/(train|val|detect)/\w+/weights/(best|last)\.pt")  # written by an earlier command
 
 
@@ -214,8 +214,24 @@ def test_the_gate_of_ones_own_is_the_one_that_is_tested() -> None:
     from tests.test_attention import OWN_GATE
 
     for document in READMES:
-        (example,) = [content for language, content in fenced(read(document)) if language == "python"]
-        assert example.strip() == OWN_GATE.strip()
+        gate, _ = [content for language, content in fenced(read(document)) if language == "python"]
+        assert gate.strip() == OWN_GATE.strip()
+
+
+@pytest.mark.slow
+def test_the_hubs_example_runs_from_another_folder(tmp_path: Path) -> None:
+    pytest.importorskip("pandas", reason="the example shows pandas()")
+    _, english = [content for language, content in fenced(read(READMES[0])) if language == "python"]
+    _, chinese = [content for language, content in fenced(read(READMES[1])) if language == "python"]
+    assert english == chinese
+    photo = ROOT / "data/images/shapes1.jpg"
+    code = english.replace('"path/to/this/folder"', repr(str(ROOT)))
+    code = code.replace('"best.pt"', repr(str(ROOT / "yolov5n-shapes.pt"))).replace('"photo.jpg"', repr(str(photo)))
+    code = code.replace("array", "__import__('numpy').zeros((64, 96, 3), 'uint8')")
+    code = code.replace('"https://ultralytics.com/images/zidane.jpg"', repr(str(photo)))  # no network here
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "image 1/3: 320x320 " in done.stdout and len(list((tmp_path / "runs/detect/exp").iterdir())) == 3
 
 
 def test_the_readmes_name_every_flag_that_is_refused() -> None:
