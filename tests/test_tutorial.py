@@ -19,10 +19,10 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_the_notebook_has_ten_cells_and_no_outputs() -> None:
+def test_the_notebook_has_eleven_cells_and_no_outputs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    assert len(notebook.cells) == 10
+    assert len(notebook.cells) == 11
     for cell in code_cells(notebook):
         assert cell.outputs == [] and cell.execution_count is None
         ast.parse(cell.source)
@@ -59,5 +59,8 @@ def test_the_notebook_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mon
     assert any((copy / "runs/detect/se-last").glob("*.*g"))
     shown = [output for output in code_cells(notebook)[5].outputs if "image/png" in str(output.get("data", {}).keys())]
     assert shown, "the pictures were not displayed"
-    compared = "".join(output.get("text", "") for output in code_cells(notebook)[-1].outputs)
+    compared, used = ("".join(o.get("text", "") for o in cell.outputs) for cell in code_cells(notebook)[-2:])
     assert "SE after SPPF" in compared and "SE before SPPF" in compared and "no SE" in compared
+    assert "image 1/2: " in used and "image 2/2: " in used
+    weights = copy / "runs/train/se-last/weights"
+    assert (weights / "best.torchscript").is_file() and (weights / "best-yolov5.pt").is_file()
