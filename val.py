@@ -102,6 +102,7 @@ def _validate(options: argparse.Namespace) -> Summary:
     from utils.data import prepare
     from utils.engine import TABLE_HEADER, EvalOptions, judge, table_rows
     from utils.inference import input_hw, speed_line
+    from utils.progress import fit_table, terminal_width
 
     speed = options.task == "speed"
     device = select_device(options.device, options.batch_size)
@@ -133,7 +134,8 @@ def _validate(options: argparse.Namespace) -> Summary:
     size = {"imgsz": imgsz, "batch_size": options.batch_size}
     result = judge(network, spec, task, how, on_batch=writer.batch, on_image=writer.image, **size, **loading)
     per_class = (options.verbose or spec.num_classes < 50) and how.num_classes > 1
-    LOGGER.info("\n".join([TABLE_HEADER, *table_rows(result, names, per_class=per_class)]))
+    table = [TABLE_HEADER, *table_rows(result, names, per_class=per_class)]
+    LOGGER.info("\n".join(fit_table(table, terminal_width())))
     LOGGER.info(speed_line(result.times_ms, (options.batch_size, 3, imgsz, imgsz)))
     summary = writer.finish(result)
     LOGGER.info(f"Results saved to {display_path(save_dir)}")

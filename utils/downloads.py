@@ -263,7 +263,7 @@ def download(url: str, file: IO[bytes], *, label: str, opener: Callable[[str], A
         if total is not None and total > shutil.disk_usage(Path(file.name).parent).free:
             raise DownloadProblem(f"{total / 1e6:.0f} MB do not fit on the disk")
         received = 0
-        with tqdm(total=total, unit="B", unit_scale=True, desc=label, delay=1.0) as progress:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=label, delay=1.0, disable=None) as progress:
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 received += len(chunk)
