@@ -1,6 +1,6 @@
 """By how much each export format differs from its checkpoint: yolov5n, both SE networks and every gate.
 
-    python benchmarks/parity.py --weights yolov5n.pt --img 320
+    python benchmarks/parity.py --weights yolov5n.pt --img 320 --map
 
 The gates stand behind SPPF of yolov5n. Their networks take over the checkpoint's weights and start neutral; then the
 gates' own weights are moved at random, so that they do something and the network still finds what it found.
@@ -30,7 +30,7 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print a Markdown table with pixels / score in each cell."""
+    """Print a Markdown table with pixels / score, and with --map the difference of mAP50-95, in each cell."""
     from utils.config import ArgumentParser
 
     parser = ArgumentParser(prog="benchmarks/parity.py", description="Exports compared with their checkpoints.")
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--imgsz", "--img", type=int, default=320, help="image size in pixels")
     parser.add_argument("--data", default=str(ROOT / "data/coco128.yaml"), help="dataset YAML, for int8")
     parser.add_argument("--formats", nargs="+", default=list(CELLS), choices=list(CELLS), help="which columns")
+    parser.add_argument("--map", action="store_true", help="also the difference of mAP50-95 on --data, at one size")
     options = parser.parse_args()
     print("| network | " + " | ".join(options.formats) + " |")
     print("|---" * (1 + len(options.formats)) + "|")
@@ -84,14 +85,23 @@ def cell(file: Path, asked: dict[str, Any], options: argparse.Namespace) -> str:
     from models.backends import FORMATS, load
     from utils.config import options_from
 
-    flags = options_from(export.build_parser(), {"data": options.data, **asked})
+    protocol = {"conf_thres": 0.001, "iou_thres": 0.6, "topk_all": 300, "topk_per_class": 300}  # of validation
+    nms = protocol if options.map and asked.get("nms") else {}
+    flags = options_from(export.build_parser(), {"data": options.data, **asked, **nms})
     size_hw = (options.imgsz, options.imgsz)
     reference = load(file)
     how = export.export_options(flags, file, size_hw, reference)
     path = FORMATS[asked["include"]].export(reference.model, file.with_suffix(""), how)
     images = export.load_images(flags, size_hw, "val", export.COMPARED_IMAGES)
-    box, score = export.difference(load(path), reference, images, how)
-    return f"{box:.2g} / {score:.1g}"
+    network = load(path)
+    box, score = export.difference(network, reference, images, how)
+    said = f"{box:.2g} / {score:.1g}"
+    if options.map:
+        network.size_hw = reference.size_hw = size_hw  # of a dynamic one, too: the same images for both
+        final = how if nms else None
+        judged, wanted = export.mean_ap(network, options.data, final), export.mean_ap(reference, options.data)
+        said += f" / {judged - wanted:+.4f}"
+    return said
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_evaluation_waits_for_the_clocks_nms_and_the_results() -> None:
     result = evaluate(model, [make_batch(2)], EvalOptions(CLASSES, progress=False), compute_loss=ComputeLoss(model))
     assert result.seen == 2 and all(loss > 0 for loss in result.losses)
     files = {wait.rpartition(" in ")[2].partition(":")[0] for wait in simulated.WAITS}
-    assert files == {"utils/runtime.py", "utils/nms.py", "utils/engine.py", "utils/loss.py"}
+    assert files == {"utils/runtime.py", "utils/nms.py", "utils/inference.py", "utils/engine.py", "utils/loss.py"}
     assert all("loss.py:__init__" in wait for wait in simulated.WAITS if "loss.py" in wait)
     clocks = [wait for wait in simulated.WAITS if "utils/runtime.py" in wait]
     assert clocks == ["synchronize sim:0 in utils/runtime.py:_now"] * 6

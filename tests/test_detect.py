@@ -317,7 +317,7 @@ def test_a_file_above_max_megapixels_is_skipped_and_a_higher_bound_reads_it(
         ({"source": "http://[::1"}, "not an address"),
         ({"source": "a\0b"}, "no such file"),
         ({"source": "nowhere.jpg"}, "no such file"),
-        ({"weights": "net.onnx"}, r"net\.onnx: only \.pt"),
+        ({"weights": "net.onnx"}, r"net\.onnx: no such file"),
         ({"visualize": True, "augment": True}, "--visualize"),
         ({"clases": [1]}, "clases.*Did you mean 'classes'"),
         ({"device": "cuda:77"}, "--device"),

@@ -259,6 +259,7 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(tiny_dataset: TinyDataset, tm
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
     )
     last = tmp_path / "runs/exp/weights/last.pt"
     deadline = time.monotonic() + 60

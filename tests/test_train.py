@@ -354,7 +354,7 @@ def test_all_processes_learn_the_run_folder_that_the_first_one_made(tmp_path: Pa
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "import torch\n"
         "from pathlib import Path\n"
-        "from utils.training import agreed_path, is_main, process_group\n"
+        "from utils.distributed import agreed_path, is_main, process_group\n"
         "device = torch.device('cpu')\n"
         "with process_group(device, 2):\n"
         "    path = agreed_path(Path('runs/exp7/é') if is_main() else None, device)\n"

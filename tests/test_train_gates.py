@@ -81,7 +81,7 @@ def test_wrong_words_about_gates_leave_no_run_folder(
 def judged_before_training(**options: Any) -> tuple[float, ...]:
     """Precision, recall, mAPs and losses of the network with which a run would begin."""
     parts = train.Training(options_from(train.build_parser(), options), torch.device("cpu"), None)
-    result = parts._judge(copy.deepcopy(parts.trainer.ema.ema).fuse(), pictures=False, per_class=False)
+    result = parts._judge(copy.deepcopy(parts.trainer.ema.ema).fuse(), pictures=False)
     parts.loader.close()
     parts.val_loader.close()
     return result.summary
