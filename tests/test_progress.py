@@ -268,4 +268,4 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(tiny_dataset: TinyDataset, tm
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == f"interrupted. Go on with: python {ROOT / 'train.py'} --resume runs/exp/weights/last.pt\n"
+    assert errors == f"interrupted. Go on with: python {REPOSITORY / 'train.py'} --resume runs/exp/weights/last.pt\n"
