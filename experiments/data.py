@@ -336,9 +336,10 @@ def _read_boxes(file: Path) -> Boxes:
     except UNREADABLE as error:
         raise UserError(f"{display_path(file)}: cannot be read ({error}). {AGAIN}") from None
     paths = names.tolist()
-    numbers = np.concatenate((image, truth_image, [0]))
+    numbers = np.concatenate((image, truth_image))
     fits = len(detections) == len(image) and len(truth) == len(truth_image)
-    if not fits or not 0 <= numbers.min() <= numbers.max() <= max(len(paths) - 1, 0) or len(set(paths)) < len(paths):
+    known = not len(numbers) or 0 <= numbers.min() <= numbers.max() < len(paths)
+    if not fits or not known or len(set(paths)) < len(paths):
         counts = f"{len(detections)} and {len(image)}, {len(truth)} and {len(truth_image)}, {len(paths)}"
         expected = "of each detection and each label the image, and different paths"
         raise UserError(f"{display_path(file)}: expected {expected}; found {counts}. {AGAIN}")

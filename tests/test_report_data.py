@@ -230,6 +230,21 @@ def test_judged_arrays_of_other_kinds_are_refused(tmp_path: Path, change: dict[s
         load(folder)
 
 
+def test_labels_of_no_image_at_all_are_refused(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    write_cell(folder, "se", 3, 0.3, {**PERFECT, "paths": np.zeros(0, "<U1")})
+    with pytest.raises(UserError, match=r"seed3.judged\.npz: expected of each detection and each label the image"):
+        load(folder)
+
+
+def test_classes_that_only_some_cells_have_do_not_stop_the_report(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    cell = json.loads((folder / LAST / "cell.json").read_text(encoding="utf-8"))
+    cell["per_class"] = {{"dog": "a", "cat": "b"}[name]: value for name, value in cell["per_class"].items()}
+    (folder / LAST / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    report(folder)
+
+
 def rezipped(file: Path, **changed: bytes) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
