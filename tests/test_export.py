@@ -60,6 +60,7 @@ def predictions(network: Any, x: Tensor = X) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ each format
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("include", ["torchscript", "onnx", "openvino"])
 def test_a_file_computes_what_its_checkpoint_computes(include: str, dynamic: bool, best: Path) -> None:
@@ -153,6 +154,7 @@ def test_a_file_with_suppression_gives_final_detections(best: Path, said: list[s
     assert any("gives final detections: confidence 1e-05, IoU 0.45, most 50" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_keeps_its_masks(tmp_path: Path) -> None:
     source = tiny(tmp_path / "seg.pt", "segment/yolov5n-seg.yaml", width_multiple=0.25)
     (file,) = export.run(weights=str(source), include="torchscript", imgsz=[96, 64])
@@ -211,6 +213,7 @@ def test_val_and_detect_take_exported_files(include: str, own_tiny_dataset: Tiny
     assert list((in_tmp / "found").iterdir()), images
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_too_much_ends_with_status_1(
     best: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -233,6 +236,7 @@ def test_another_networks_file_is_noticed(best: Path, tmp_path: Path) -> None:
     assert export.difference(load(best), load(best), [X], how) == (0, 0)
 
 
+@pytest.mark.slow
 def test_differences_and_usage_are_said(tmp_path: Path, said: list[str], own_tiny_dataset: TinyDataset) -> None:
     with pytest.raises(UserError, match="names 2 classes, but the network knows 3"):
         export.run(weights=str(tiny(tmp_path / "three.pt")), imgsz=64, data=str(own_tiny_dataset.yaml))

@@ -222,6 +222,7 @@ def test_load_images_takes_lists_and_transforms(folder: Path) -> None:
         datasets.LoadImages("screen")
 
 
+@pytest.mark.slow
 def test_load_streams_gives_the_newest_frame_of_each(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "two.streams").write_text(f"{folder / 'film.avi'}\n" * 2)
     dataset = datasets.LoadStreams(tmp_path / "two.streams", 64, 32, True)
@@ -340,6 +341,7 @@ def test_paths_are_numbered_without_being_made(tmp_path: Path) -> None:
     assert general.get_latest_run(str(tmp_path / "exp")) == "" and general.file_size(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_a_program_that_asks_for_the_logger_is_heard() -> None:
     code = "from utils.general import LOGGER, colorstr; LOGGER.info(colorstr('red', 'seen'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

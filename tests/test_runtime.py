@@ -106,6 +106,7 @@ run_script({"ending": lambda: cleanup(1.5), "impatient": impatient, "destructor"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows interrupts whole consoles only")
 @pytest.mark.parametrize(("what", "out"), [("ending", "cleaned\n"), ("impatient", ""), ("destructor", "")])
 def test_an_ending_is_not_disturbed_by_more_ctrl_c_unless_it_takes_too_long(what: str, out: str) -> None:

@@ -88,6 +88,7 @@ def test_yolov5_opens_the_file_and_computes_the_same(
     torch.testing.assert_close(theirs, predictions(rounded(source)), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", GAINS)
 @pytest.mark.parametrize("cfg", SE_NETWORKS)
 def test_reading_it_back_gives_the_same_bits(cfg: str, gain: float | None, tmp_path: Path) -> None:
@@ -295,6 +296,7 @@ def as_v7_0(state: dict[str, Any], head: Record) -> None:
     state["class_weights"] = state["class_weights"].float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Model", "DetectionModel"])
 @pytest.mark.parametrize("change", [as_v6_0, as_v6_2, as_v7_0])
 def test_an_object_that_yolov5_pickled_runs_as_ours(change: Any, name: str, tmp_path: Path) -> None:

@@ -472,6 +472,7 @@ def test_the_command_prints_layers_and_both_summaries(name: str) -> None:
     assert f"{title} summary: 70 layers, 7,258,653 parameters, 0 gradients, 16.4 GFLOPs" in lines
 
 
+@pytest.mark.slow
 def test_the_command_answers_a_wrong_name_with_one_line_and_code_2() -> None:
     done = command("--cfg", "yolov5s-se-lasst.yaml", "--device", "cpu")
     assert done.returncode == 2
