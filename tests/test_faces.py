@@ -612,12 +612,12 @@ def test_boxes_are_drawn_into_the_image_itself() -> None:
     image = np.zeros((120, 160, 3), np.uint8)
     annotator = Annotator(image, 3, example="{0: 'a'}")
     annotator.box_label(torch.tensor([40.0, 50, 100, 100]), "cat 0.9", color=(0, 0, 255))
-    assert (image == 255).all(2).any()  # the label
+    assert (image.min(2) > 150).any()  # the label, white
     assert annotator.result() is annotator.im is image and image[75, 40].tolist() == [0, 0, 255]
     annotator.rectangle([0, 0, 10, 10], fill=(9, 9, 9), outline=(7, 7, 7))
     annotator.text((60, 5), "hello", txt_color=(255, 0, 0))
     assert image[5, 5].tolist() == [9, 9, 9] and image[0, 0].tolist() == [7, 7, 7]
-    assert (image[:30] == (255, 0, 0)).all(2).any()
+    assert (image[:30, :, 0] > 150).any()  # OpenCV 4 draws thin letters without a pixel of full colour
     frozen = image[..., ::-1]
     other = Annotator(frozen)
     other.box_label([1, 1, 50, 50], color=colors(0))
