@@ -40,7 +40,7 @@ def _damage(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> bytes:
             array.flat[int(rng.integers(0, array.size))] = value
         elif kind == 1:
             array = (
-                array.astype(str).astype(object)
+                np.full(array.shape, "1", object)
                 if rng.random() < 0.1
                 else array[: len(array) // 2]
                 if array.ndim
