@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,121 +98,30 @@ def _logging(verbose: bool) -> Iterator[None]:
         LOGGER.setLevel(before)
 
 
-def yolov5n(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The nano network for 640 pixels; see `custom` for the options."""
-    return _create("yolov5n", pretrained, channels, classes, autoshape, _verbose, device)
+def _official(name: str) -> Callable[..., nn.Module]:
+    """The entry point of an official network."""
+
+    def network(
+        pretrained: bool = True,
+        channels: int = 3,
+        classes: int = 80,
+        autoshape: bool = True,
+        _verbose: bool = True,
+        device: str | torch.device | None = None,
+    ) -> nn.Module:
+        """An official network; the options are those of `custom`.
+
+        With `pretrained`, 3 channels and 80 classes it is the official checkpoint. Otherwise it is built with these
+        channels and classes, takes over the weights that fit where `pretrained` is set, and is not wrapped.
+        """
+        return _create(name, pretrained, channels, classes, autoshape, _verbose, device)
+
+    network.__name__ = network.__qualname__ = name
+    return network
 
 
-def yolov5s(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The small network for 640 pixels; see `custom` for the options."""
-    return _create("yolov5s", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5m(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The medium network for 640 pixels; see `custom` for the options."""
-    return _create("yolov5m", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5l(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The large network for 640 pixels; see `custom` for the options."""
-    return _create("yolov5l", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5x(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The extra-large network for 640 pixels; see `custom` for the options."""
-    return _create("yolov5x", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5n6(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The nano network for 1280 pixels; see `custom` for the options."""
-    return _create("yolov5n6", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5s6(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The small network for 1280 pixels; see `custom` for the options."""
-    return _create("yolov5s6", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5m6(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The medium network for 1280 pixels; see `custom` for the options."""
-    return _create("yolov5m6", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5l6(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The large network for 1280 pixels; see `custom` for the options."""
-    return _create("yolov5l6", pretrained, channels, classes, autoshape, _verbose, device)
-
-
-def yolov5x6(
-    pretrained: bool = True,
-    channels: int = 3,
-    classes: int = 80,
-    autoshape: bool = True,
-    _verbose: bool = True,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """The extra-large network for 1280 pixels; see `custom` for the options."""
-    return _create("yolov5x6", pretrained, channels, classes, autoshape, _verbose, device)
+yolov5n, yolov5n6 = _official("yolov5n"), _official("yolov5n6")
+yolov5s, yolov5s6 = _official("yolov5s"), _official("yolov5s6")
+yolov5m, yolov5m6 = _official("yolov5m"), _official("yolov5m6")
+yolov5l, yolov5l6 = _official("yolov5l"), _official("yolov5l6")
+yolov5x, yolov5x6 = _official("yolov5x"), _official("yolov5x6")

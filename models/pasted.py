@@ -20,7 +20,7 @@ from utils.config import UserError, display_path
 
 try:
     from models import attention, common
-except (NameError, ModuleNotFoundError) as error:  # in what somebody pasted: this file is the first to read it
+except (NameError, ModuleNotFoundError) as error:  # in a pasted class: this file is the first to import it
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
     spot = f"{display_path(Path(frames[-1].filename))}:{frames[-1].lineno}"
     fix = "Write its import at the top of that file" if isinstance(error, NameError) else "Install it"

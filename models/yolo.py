@@ -65,7 +65,7 @@ Config = str | Path | Mapping[str, Any] | Graph
 class Detect(nn.Module):
     """Boxes, objectness and class scores from one map per level.
 
-    `anchors` are in pixels until whoever knows the strides divides by them. Training gives a list of raw tensors
+    `anchors` are in pixels until `DetectionModel` divides them by the strides. Training gives a list of raw tensors
     (B, na, H, W, no), no = x, y, w, h, objectness, classes. Inference: `Output` of predictions (B, sum of na*H*W, no)
     and that list, where boxes are cxcywh in pixels of the input and scores are 0..1; rows run over levels, then
     anchors, rows and columns. `export`: predictions alone, in a tuple.
@@ -303,7 +303,7 @@ class DetectionModel(BaseModel):
     `augment`: see Detect. Batch-norm statistics of a new network are untouched. `seed`: see parse_model.
     """
 
-    hyp: dict[str, Any]  # set by whoever trains
+    hyp: dict[str, Any]  # set by utils.training
 
     def __init__(
         self,

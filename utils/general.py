@@ -77,7 +77,7 @@ ANSI = {
 
 
 def __getattr__(name: str) -> Any:
-    """`LOGGER`, set up as soon as somebody asks for it, and `DATASETS_DIR`, which the environment names."""
+    """`LOGGER`, set up when it is first used, and `DATASETS_DIR`, from the environment."""
     if name == "LOGGER":
         runtime.setup_logging()
         return runtime.LOGGER

@@ -392,7 +392,7 @@ FORWARDED = {"plot_confusion": "utils.plots", "plot_curves": "utils.plots"}
 
 
 def __getattr__(name: str) -> Any:
-    """A name from a room to the right, which is loaded only when somebody asks for it."""
+    """A name from a room to the right, loaded when the name is first used."""
     if name in FORWARDED:
         return getattr(importlib.import_module(FORWARDED[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -456,7 +456,7 @@ class Annotator:
     ) -> None:
         """Draw a box (x1, y1, x2, y2 in pixels) with its label."""
         self._ours.box([float(value) for value in box[:4]], label or "", color)
-        _ = self.im  # whoever looks at the image itself finds the label, too
+        _ = self.im  # draws the label now: callers may use the array they gave instead of `result()`
 
     def rectangle(self, xy: Any, fill: Any = None, outline: Any = None, width: int = 1) -> None:
         """Draw a rectangle (x1, y1, x2, y2), filled with one colour, framed with another."""
