@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, counted, fp16_works, run_script, select_device, setup_logging
+from utils.names import counted
+from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2

@@ -29,7 +29,8 @@ from utils.drawing import Annotator, color, drawable_names, save_crop, write_ima
 from utils.files import make_new_dir
 from utils.images import ImageError, read_image
 from utils.inference import DetectOptions, Detector, fit, restore, round_up, speed_line
-from utils.runtime import LOGGER, counted
+from utils.names import counted
+from utils.runtime import LOGGER
 from utils.sources import open_source
 
 CHANNELS_FIRST = 5  # an array whose first side is shorter than this is (channels, H, W)

@@ -20,6 +20,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.files",
         "utils.distributed",
         "utils.runtime",
+        "utils.names",
         "utils.progress",
         "utils.downloads",
         "models.common",
