@@ -33,7 +33,7 @@ from utils.config import (
 )
 from utils.distributed import rank, rank_zero_first, world_size
 from utils.files import make_run_dir, remove_leftovers
-from utils.runtime import LOGGER, init_seeds, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, init_seeds, keep_freed_memory, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +125,7 @@ def _run(given: Mapping[str, Any]) -> argparse.Namespace:
         options, resumed = _resumed(options, given)
     LOGGER.info(_listed("train", _offered(options)))
     device = select_device(options.device, options.batch_size)
+    keep_freed_memory(device)
     with process_group(device, options.batch_size):
         return Training(options, device, resumed).run()
 
