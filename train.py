@@ -77,6 +77,7 @@ def build_parser() -> ArgumentParser:
     add("--single-cls", action="store_true", help="train as if all classes were one")
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
+    add("--compile", action="store_true", help="torch.compile: minutes before the first batch, and no gain on a CPU")
     add("--workers", type=int, default=8, help="most loader processes per device")
     add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
