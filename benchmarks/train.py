@@ -2,8 +2,8 @@
 
     python benchmarks/train.py --data coco128.yaml --weights yolov5n.pt --img 640
 
-The bare limit is forward and backward alone, channels last, in the precision that training uses, on images and gradients
-in memory, in the fastest eager form that was found.
+The bare limit is forward and backward alone, channels last, in the precision that training uses, on images and
+gradients in memory, in the fastest eager form that was found.
 Plain code decodes and fits one image after the other in the main process and trains in fp32, channels first, with the
 same loss and torch's own optimizer; it does without mosaics, so it has less to do.
 """
