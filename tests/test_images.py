@@ -243,7 +243,7 @@ def test_a_broken_file_in_the_disk_cache_is_decoded_instead(files: list[Path], o
 def test_images_that_do_not_fit_into_memory_are_read_from_their_files(
     files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(images, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(images, "available_memory", lambda: 1000)
     monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
     store = make_store(files, "ram")
     assert not store.in_memory and "not cached" in caplog.text
@@ -253,7 +253,7 @@ def test_images_that_do_not_fit_into_memory_are_read_from_their_files(
 def test_available_memory_is_known_on_linux() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc/meminfo on this system")
-    available = images._available_memory()
+    available = images.available_memory()
     assert available is not None and 2**20 < available < 2**50
 
 

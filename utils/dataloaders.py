@@ -219,7 +219,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
 
     def _resized(self, index: int) -> Example:
         index, image = self._image(index)
-        return self._labelled(index, image, image.shape[1], image.shape[0], (0.0, 0.0))
+        return self.labelled(index, image, image.shape[1], image.shape[0], (0.0, 0.0))
 
     def _image(self, index: int) -> tuple[int, Image]:
         """The image that stands at `index`, resized, and which one it is."""
@@ -240,13 +240,13 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         index, image = self._image(index)
         padded, fitted = letterboxed(image, size_hw, scaleup=scaleup)
         height, width = image.shape[:2]
-        example = self._labelled(index, padded, width * fitted.scale, height * fitted.scale, fitted.pad_xy)
+        example = self.labelled(index, padded, width * fitted.scale, height * fitted.scale, fitted.pad_xy)
         original_h, original_w = self.shapes_hw[index].tolist()
         # one scale for both axes, the height's, as in YOLOv5: rounding up the shorter side makes them differ a little
         scale = fitted.scale * height / original_h
         return example, dataclasses.replace(fitted, scale=scale, original_hw=(original_h, original_w))
 
-    def _labelled(self, index: int, image: Image, width: float, height: float, pad_xy: tuple[float, float]) -> Example:
+    def labelled(self, index: int, image: Image, width: float, height: float, pad_xy: tuple[float, float]) -> Example:
         """The image with its labels, whose 0..1 spans `width` and `height` pixels from `pad_xy` on."""
         labels = self._labels[index]
         boxes = np.concatenate((labels[:, :1], cxcywhn_to_xyxy(labels[:, 1:], width, height, *pad_xy)), 1)
@@ -255,10 +255,14 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
         return Example(image, boxes, tuple(self._segments[i] * scale + shift for i in segments))
 
     def _item(self, index: int, example: Example, fitted: Letterbox | None) -> _Item:
-        height, width = example.shape_hw
-        boxes = xyxy_to_cxcywhn(example.boxes[:, 1:], width, height, clip=True, eps=EDGE)
-        labels = np.concatenate((example.boxes[:, :1], boxes), 1)
+        labels = normalized(example.boxes, example.shape_hw)
         return _Item(example.image, labels, fitted, self.store.path(index), index, self._failed)
+
+
+def normalized(boxes: Floats, shape_hw: tuple[int, int]) -> Floats:
+    """Boxes `(n, 5)` [class, x1, y1, x2, y2] in pixels of an image as [class, cx, cy, w, h] in 0..1."""
+    height, width = shape_hw
+    return np.concatenate((boxes[:, :1], xyxy_to_cxcywhn(boxes[:, 1:], width, height, clip=True, eps=EDGE)), 1)
 
 
 def rect_order(shapes_hw: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -294,11 +298,16 @@ def collate(items: Sequence[_Item | UserError]) -> Batch | UserError:
     images = np.empty((len(good), 3, height, width), np.uint8)
     for place, item in zip(images, good):
         place[...] = item.image.transpose(2, 0, 1)[::-1]  # BGR to RGB
-    numbers = np.repeat(np.arange(len(good), dtype=np.float32), [len(item.labels) for item in good])
-    targets = np.concatenate((numbers[:, None], np.concatenate([item.labels for item in good])), 1).astype(np.float32)
+    targets = targets_of([item.labels for item in good])
     letterboxes, paths = [item.letterbox for item in good], [item.path for item in good]
     indices, failed = [item.index for item in good], [message for item in good for message in item.failed]
-    return Batch(torch.from_numpy(images), torch.from_numpy(targets), letterboxes, paths, indices, failed)
+    return Batch(torch.from_numpy(images), targets, letterboxes, paths, indices, failed)
+
+
+def targets_of(labels: Sequence[Floats]) -> Tensor:
+    """Every image's labels `(n, 5)` as the targets of a batch, float32 `(N, 6)` with the image's number before."""
+    numbers = np.repeat(np.arange(len(labels), dtype=np.float32), [len(rows) for rows in labels])
+    return torch.from_numpy(np.concatenate((numbers[:, None], np.concatenate(labels)), 1).astype(np.float32))
 
 
 # -------------------------------------------------------------------------------------------------------------- loader

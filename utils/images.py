@@ -327,7 +327,7 @@ class ImageStore:
         return np.asarray(cv2.resize(image, (new_w, new_h), interpolation=how), np.uint8)
 
     def _fill_memory(self) -> None:
-        needed, free = int(self._starts[-1]) * self.processes, _available_memory()
+        needed, free = int(self._starts[-1]) * self.processes, available_memory()
         if free is not None and needed * CACHE_MARGIN > free:
             LOGGER.warning(
                 f"{self.prefix}images need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are available: "
@@ -402,7 +402,7 @@ class ImageStore:
                 pool.shutdown(cancel_futures=True)  # a broken image ends it now, not after all others
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes that can be taken without swapping, by the system and the container's limit; None where nobody tells."""
     limits = []
     with contextlib.suppress(OSError, ValueError, KeyError):
