@@ -71,7 +71,13 @@ def build_parser() -> ArgumentParser:
     add("--autoanchor", action="store_true", help="look for better anchors even where the head has --weights")
     add("--noautoanchor", action="store_true", help="do not check the anchors")
     add("--noplots", action="store_true", help="no pictures")
-    add("--cache", nargs="?", const="ram", default=None, help="keep images in ram or on disk; val: those of val only")
+    add(
+        "--cache",
+        nargs="?",
+        const="ram",
+        default=None,
+        help="keep images in ram, on disk, or (training, GPU) device; val: only val's",
+    )
     add("--device", default="", help="cpu, mps, a CUDA number, or several under torchrun")
     add("--multi-scale", action="store_true", help="another size for every batch, up to 50%% smaller or larger")
     add("--single-cls", action="store_true", help="train as if all classes were one")
@@ -166,7 +172,7 @@ class Training:
         if self.main:
             self.model.info(options.imgsz)
         self.save_dir = self._make_save_dir()
-        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
+        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride, device)
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
@@ -552,8 +558,12 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
     if not 0 <= options.label_smoothing < 1:
         raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
-    if options.cache not in (None, "ram", "disk", "val"):
-        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
+    if options.cache not in (None, "ram", "disk", "device", "val"):
+        raise UserError(f"--cache {options.cache}: expected ram, disk, device or val.")
+    if options.cache == "device" and options.rect:
+        raise UserError("--cache device makes square batches; with --rect use --cache ram.")
+    if options.cache == "device" and options.batch_size == -1:
+        raise UserError("--cache device: --batch-size -1 would fill the memory that the images need. Give a number.")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.labels",
         "utils.augmentations",
         "utils.dataloaders",
+        "utils.device_cache",
         "utils.capture",
         "utils.sources",
     ),

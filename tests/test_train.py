@@ -385,7 +385,7 @@ def test_all_processes_learn_the_run_folder_that_the_first_one_made(tmp_path: Pa
         (["--bbox_interval", "3"], "--bbox_interval is not offered"),
         (["--epochs", "0"], "--epochs 0: expected 1 or more"),
         (["--batch", "0"], "--batch-size 0: expected 1 or more, or -1"),
-        (["--cache", "moon"], "--cache moon: expected ram, disk or val"),
+        (["--cache", "moon"], "--cache moon: expected ram, disk, device or val"),
         (["--img", "-5"], "--imgsz -5: expected 1 or more"),
         (["--label-smoothing", "5"], "--label-smoothing 5: expected 0 or more, and less than 1"),
         (["--workers", "-3"], "--workers -3: expected 0 or more"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from utils.autoanchor import AnchorHyp, judge_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
 from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
+from utils.device_cache import DeviceLoader
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
 from utils.loss import LossHyp, scale_gains
@@ -47,11 +48,12 @@ def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Modul
 
 
 def build_loaders(
-    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int
-) -> tuple[Loader, ImageDataset, Loader | None]:
+    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int, device: torch.device
+) -> tuple[Loader | DeviceLoader, ImageDataset, Loader | None]:
     """The training loader, the dataset behind it, and on the main process the validation loader.
 
-    Validation has twice the batch: without gradients it needs less memory.
+    Validation has twice the batch: without gradients it needs less memory. With `--cache device` the training images
+    are kept and made into batches on `device`.
     """
     common: dict[str, Any] = dict(
         imgsz=options.imgsz,
@@ -76,7 +78,10 @@ def build_loaders(
         world_size=world_size(),
         prefix="train: ",
     )
+    loader: Loader | DeviceLoader
     loader, dataset = build_loader(spec, spec.split("train"), train_options)
+    if options.cache == "device":
+        loader = DeviceLoader(dataset, train_options, device)
     if not is_main():
         return loader, dataset, None
     val_cache: Literal["ram", "disk"] | None = "ram" if options.cache == "val" else cache
@@ -99,7 +104,7 @@ def fit_anchors_(
 
 def build_trainer(
     model: Any,
-    loader: Loader,
+    loader: Sized,
     options: argparse.Namespace,
     hyp: Mapping[str, float],
     frozen: Sequence[nn.Module] = (),
