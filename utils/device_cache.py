@@ -56,11 +56,11 @@ COLOUR_BYTES = 2**24 * 4 + HUES * 2**16 * 3
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A square picture of a canvas on which up to four resized images lie around a centre.
+    """A square picture of a canvas on which up to four resized images meet at a centre.
 
-    `tiles` `(4, 6)` has a row per image, in reading order: the number that its pixel (0, 0) of the canvas would have in
-    the cache, its width, and the part of the canvas that shows it: left, top, right, bottom. `matrix` `(3, 3)` leads
-    from pixels of the picture to those of the canvas.
+    `tiles` `(4, 4)` has a row per image, in reading order: the number that pixel (0, 0) of the canvas would have in the
+    cache if the image reached there, the image's width, and how far it reaches from the centre on the canvas, in x and
+    y. `matrix` `(3, 3)` leads from pixels of the picture to those of the canvas.
     """
 
     tiles: Ints
@@ -124,7 +124,10 @@ class Planner:
         layout = data.mosaic.sample(rng, size, index, len(data))
         indices, examples = zip(*map(self._resized, layout.indices))
         corners = data.mosaic.corners(examples, layout.centre_xy)
-        tiles = [self._tile(*each, 2 * size) for each in zip(indices, corners)]
+        tiles = [
+            self._tile(index, corner_xy, layout.centre_xy, place, 2 * size)
+            for place, (index, corner_xy) in enumerate(zip(indices, corners, strict=True))
+        ]
         canvas = Example(_blank(2 * size, 2 * size), *data.mosaic.labels(examples, layout.centre_xy, size))
         warp = data.perspective.sample(rng, canvas.shape_hw, (size, size))
         assert warp is not None, "a canvas of twice the size is always warped"
@@ -137,18 +140,23 @@ class Planner:
         height, width = data.store.resized_hw(index)
         pad_xy = (size - width) / 2, (size - height) / 2
         example = data.labelled(index, _blank(size, size), width, height, pad_xy)
-        tile = self._tile(index, (round(pad_xy[0] - 0.1), round(pad_xy[1] - 0.1)), size)
+        left, top = round(pad_xy[0] - 0.1), round(pad_xy[1] - 0.1)
+        centre_xy = left + width, top + height  # the one image reaches left and up from there
+        tile = self._tile(index, (left, top), centre_xy, 0, size)
         warp = data.perspective.sample(rng, example.shape_hw, example.shape_hw)
         matrix = np.eye(3) if warp is None else _inverse(warp)
         if warp is not None:
             example = Example(example.image, data.perspective.boxes(example, warp))
-        return View(np.array((tile, *[(0,) * 6] * 3)), (size, size), matrix), example
+        return View(np.array((tile, *[(0, 0, 0, 0)] * 3)), centre_xy, matrix), example
 
-    def _tile(self, index: int, corner_xy: tuple[int, int], side: int) -> tuple[int, ...]:
+    def _tile(
+        self, index: int, corner_xy: tuple[int, int], centre_xy: tuple[int, int], place: int, side: int
+    ) -> tuple[int, int, int, int]:
         """A row of `View.tiles`: an image with its top left pixel at a corner, on a canvas of `side`."""
-        (height, width), (x, y) = self.dataset.store.resized_hw(index), corner_xy
-        origin = int(self.starts[index]) - y * width - x
-        return origin, width, max(x, 0), max(y, 0), min(x + width, side), min(y + height, side)
+        (height, width), (x, y), (centre_x, centre_y) = self.dataset.store.resized_hw(index), corner_xy, centre_xy
+        reach_x = min(x + width, side) - centre_x if place % 2 else centre_x - max(x, 0)
+        reach_y = min(y + height, side) - centre_y if place >= 2 else centre_y - max(y, 0)
+        return int(self.starts[index]) - y * width - x, width, reach_x, reach_y
 
 
 def _blank(height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -166,7 +174,7 @@ def _inverse(warp: Warp) -> Floats:
 def pack(plans: Sequence[Plan], size: int) -> list[npt.NDArray[Any]]:
     """What the device needs of the plans of a batch, in order of falling item size.
 
-    Tiles `(n, 4, 6)` and centres `(n, 2)` of n views, those of all plans first, then the second ones of mixup; whose
+    Tiles `(n, 4, 4)` and centres `(n, 2)` of n views, those of all plans first, then the second ones of mixup; whose
     second ones these are `(m,)`; matrices `(n, 3, 3)`; of both axes of a view where a pixel lies, as first one and step
     `(n, 2, 2)`; the shares of both views in a mixture `(m, 2)`; colours `(B, 3, 256)`, or none `(0, 3, 256)`.
     """
@@ -292,16 +300,19 @@ class DeviceImages:
         canvas_x, canvas_y = ((each / depth).clamp(-2, 2 * size + 1) for each in (across, down))  # grey beyond
         left, top = canvas_x.floor(), canvas_y.floor()
         part_x, part_y = (canvas_x - left)[..., None], (canvas_y - top)[..., None]
-        corner = left.long(), top.long()
-        number = 4 * torch.arange(count, device=self.device)[:, None, None]
-        centre_x, centre_y = centres[..., None, None].unbind(1)
+        column, line = left.long(), top.long()
+        view = 4 * torch.arange(count, device=self.device)[:, None, None]
+        columns, lines = [
+            [_from_centre(first + step, centre[:, None, None]) for step in (0, 1)]
+            for first, centre in zip((column, line), centres.unbind(1))
+        ]
+        tiles = tiles.flatten(0, 1)
 
         def pixel(dx: int, dy: int) -> Tensor:
-            x, y = corner[0] + dx, corner[1] + dy
-            place = number + (x >= centre_x) + 2 * (y >= centre_y)
-            tile = tiles.flatten(0, 1).index_select(0, place.flatten()).view(*place.shape, 6)
-            origin, width, left, top, right, bottom = tile.unbind(-1)
-            inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+            (x, right, from_x), (y, below, from_y) = columns[dx], lines[dy]
+            place = right + 2 * below + view
+            origin, width, reach_x, reach_y = tiles.index_select(0, place.flatten()).view(*place.shape, 4).unbind(-1)
+            inside = (from_x < reach_x) & (from_y < reach_y)
             index = (origin + y * width + x) * inside  # 0 is the grey pixel
             return self.pixels.index_select(0, index.flatten()).view(*index.shape, 3).float()
 
@@ -321,6 +332,12 @@ class DeviceImages:
         places = own + (hsv >> 16), own + 256 + (hsv >> 8 & 255), own + 512 + (hsv & 255)
         hue, saturation, value = (replaced.index_select(0, each.flatten()) for each in places)
         return from_hsv.index_select(0, hue + saturation + value).view(images.shape)
+
+
+def _from_centre(position: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions along an axis; 1 where they lie beyond the centre, else 0; how many pixels lie between it and them."""
+    beyond = (position >= centre).long()
+    return position, beyond, torch.where(beyond > 0, position - centre, centre - 1 - position)
 
 
 def _between(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
