@@ -76,7 +76,7 @@ def build_parser() -> ArgumentParser:
         nargs="?",
         const="ram",
         default=None,
-        help="keep images in ram, on disk, or (training, GPU) device; val: only val's",
+        help="images in ram, on disk, or on the device, which augments them there (slow on cpu); val: val's in ram",
     )
     add("--device", default="", help="cpu, mps, a CUDA number, or several under torchrun")
     add("--multi-scale", action="store_true", help="another size for every batch, up to 50%% smaller or larger")
