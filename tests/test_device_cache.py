@@ -271,6 +271,16 @@ def test_no_batch_waits_for_the_device(tiny_dataset: TinyDataset, monkeypatch: p
     assert cuda.waits == []
 
 
+def test_threads_work_on_the_device_of_their_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in (torch.device("cuda", 1), CPU):
+        with device_cache._threads(1, device) as pool:
+            assert pool.submit(lambda: "done").result() == "done"
+    assert chosen == [torch.device("cuda", 1)]
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 MOSAIC = {**HYP, "mosaic": 1.0, "mixup": 0.3, "degrees": 5.0}

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -237,7 +238,7 @@ class DeviceImages:
             raise UserError(f"{self.prefix}none of the {count} images can be decoded. {broken[0]}")
         after = np.searchsorted(whole, np.arange(count)) % len(whole)  # in the place of a broken one comes the next
         self.shown: list[int] = np.array(whole)[after].tolist()
-        if broken:
+        if broken and rank() <= 0:
             more = f" ... and {len(broken) - FAILURES_SHOWN} more." if len(broken) > FAILURES_SHOWN else ""
             LOGGER.warning(
                 f"{self.prefix}{len(broken)} of the images passed the scan but cannot be decoded; others took their "
@@ -272,7 +273,7 @@ class DeviceImages:
             self.pixels[self.starts[index] : self.starts[index + 1]].copy_(rows)
 
         text = f"{self.prefix}caching images, {self.pixels.nbytes / 2**30:.2f} GiB on {self.device}"
-        with ThreadPoolExecutor(num_cpus()) as pool:
+        with _threads(num_cpus(), self.device) as pool:
             try:
                 for _ in Bar(pool.map(fill, range(len(self.dataset))), text, total=len(self.dataset), show=rank() <= 0):
                     pass
@@ -340,6 +341,12 @@ class DeviceImages:
         return from_hsv.index_select(0, hue + saturation + value).view(images.shape)
 
 
+def _threads(count: int, device: torch.device) -> ThreadPoolExecutor:
+    """Threads whose CUDA device is this one; a new thread's is the first, on which it would take memory."""
+    chosen = device.index is not None and device.type == "cuda" and torch.cuda.is_available()
+    return ThreadPoolExecutor(count, initializer=partial(torch.cuda.set_device, device) if chosen else None)
+
+
 def _from_centre(position: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Positions along an axis; 1 where they lie beyond the centre, else 0; how many pixels lie between it and them."""
     beyond = (position >= centre).long()
@@ -395,7 +402,7 @@ class DeviceLoader:
         others = [type(each).__name__ for each in dataset.image_transforms if not isinstance(each, HSV | Flip)]
         if others:
             raise UserError(f"--cache device: {others[0]} is not done on the device. Use --cache ram.")
-        if device.type == "cpu":
+        if device.type == "cpu" and rank() <= 0:
             LOGGER.warning(f"{options.prefix}--cache device is made for GPUs; on a CPU --cache ram is faster.")
         self._device, self._dataset, self._order = device, dataset, BatchOrder(len(dataset), options)
         probe = np.random.default_rng(0)
@@ -415,7 +422,7 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: deque[Any] = deque()
-        with ThreadPoolExecutor(1) as pool:
+        with _threads(1, self._device) as pool:
             try:
                 for keys in self._order:
                     waiting.append(pool.submit(self._prepare, keys))
