@@ -33,7 +33,7 @@ from utils.config import (
 )
 from utils.distributed import rank, rank_zero_first, world_size
 from utils.files import make_run_dir, remove_leftovers
-from utils.runtime import LOGGER, init_seeds, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, init_seeds, keep_freed_memory, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,7 @@ def build_parser() -> ArgumentParser:
     add("--single-cls", action="store_true", help="train as if all classes were one")
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
+    add("--compile", action="store_true", help="torch.compile: minutes before the first batch, and no gain on a CPU")
     add("--workers", type=int, default=8, help="most loader processes per device")
     add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
@@ -131,6 +132,7 @@ def _run(given: Mapping[str, Any]) -> argparse.Namespace:
         options, resumed = _resumed(options, given)
     LOGGER.info(_listed("train", _offered(options)))
     device = select_device(options.device, options.batch_size)
+    keep_freed_memory(device)
     with process_group(device, options.batch_size):
         return Training(options, device, resumed).run()
 

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.recompute import may_recompute, norm_silu
+
 Pair = int | tuple[int, int]
 Act = bool | nn.Module
 # Names that YOLOv5 keeps in this file, for other people's code.
@@ -76,9 +78,11 @@ class Conv(ScaledLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        if self.bn is not None:
-            x = self.bn(x)
-        return self.act(x)
+        if self.bn is None:
+            return self.act(x)
+        if may_recompute(x, self.bn, self.act):
+            return norm_silu(x, self.bn)
+        return self.act(self.bn(x))
 
     def forward_fuse(self, x: Tensor) -> Tensor:
         """What YOLOv5's own folding replaces `forward` by; files that it saved after that name it."""

@@ -93,14 +93,15 @@ class Detect(nn.Module):
     def forward(self, x: list[Tensor]) -> Any:
         raw = [self._raw(conv(level)) for conv, level in zip(self.m, x)]
         if self.training:
-            return raw
+            return raw  # of channels-last maps a view: the loss reads them where they are
+        raw = [level.contiguous() for level in raw]
         predictions = self.decode(raw)
         return (predictions,) if self.export else Output(predictions, raw)
 
     def _raw(self, y: Tensor) -> Tensor:
         """(B, na*no, H, W) as (B, na, H, W, no)."""
         b, _, h, w = y.shape
-        return y.view(b, self.na, self.no, h, w).permute(0, 1, 3, 4, 2).contiguous()
+        return y.view(b, self.na, self.no, h, w).permute(0, 1, 3, 4, 2)
 
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
         """Raw level tensors as predictions in pixels."""

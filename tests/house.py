@@ -23,6 +23,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.names",
         "utils.progress",
         "utils.downloads",
+        "models.recompute",
         "models.common",
         "models.attention",
     ),

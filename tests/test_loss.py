@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from utils.boxes import paired_iou
 from utils.config import UserError, check_hyp, read_hyp
-from utils.loss import Assignment, ComputeLoss, LossHyp, _flat_index, assign_targets, scale_gains
+from utils.loss import Assignment, ComputeLoss, LossHyp, _by_cell, _flat_index, assign_targets, scale_gains
 
 quick = settings(max_examples=30, deadline=None)  # no deadline: a busy machine is no failure
 ANCHORS_PX = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 119)], [(116, 90), (156, 198), (373, 326)]]
@@ -252,7 +252,7 @@ def test_gradient_reaches_every_part_of_assigned_predictions() -> None:
     compute_loss(predictions, targets)[0].sum().backward()
     shapes = [(level.shape[2], level.shape[3]) for level in predictions]
     for level, assignment in zip(predictions, assign_targets(targets, shapes, compute_loss.anchors, 4.0), strict=True):
-        rows = level.grad.reshape(-1, 9)[_flat_index(level, assignment)]  # type: ignore[union-attr]
+        rows = _by_cell(level.grad)[_flat_index(level, assignment)]
         assert len(rows) and (rows != 0).all() and rows.isfinite().all()
 
 

@@ -184,3 +184,24 @@ def test_a_stopwatch_adds_up() -> None:
         pass
     assert first == 0.0
     assert watch.seconds > 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again_without_new_pages_from_the_kernel() -> None:
+    program = """
+import resource, sys
+import torch
+from utils.runtime import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain = faults()
+keep_freed_memory(torch.device("cpu"))
+faults()
+print(plain, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    plain, kept = map(int, done.stdout.split())
+    assert plain > 0 and kept < plain / 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import shutil
 import signal
@@ -134,6 +135,26 @@ def test_another_seed_gives_other_weights(
 ) -> None:
     other = quick(tmp_path, tiny_dataset, seed=1, noval=True)
     assert not same(weights_of(finished.save_dir / "weights/last.pt"), weights_of(other.best))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_weights(
+    finished: argparse.Namespace, tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's tracing is real here; its code generator is left out, which takes minutes."""
+    seen, backend = [], functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda network: seen.append(network) or backend(network))
+    run = quick(tmp_path, tiny_dataset, compile=True)
+    assert len(seen) == 1
+    assert same(weights_of(run.save_dir / "weights/last.pt"), weights_of(finished.save_dir / "weights/last.pt"))
+
+
+def test_compiling_for_a_cpu_without_a_compiler_says_so(
+    tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C"):
+        quick(tmp_path, tiny_dataset, compile=True)
 
 
 def test_keywords_are_converted_as_on_the_command_line(

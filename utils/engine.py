@@ -285,6 +285,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the network's input."""
+        return self.dtype or torch.float32
+
     def start_epoch_(self) -> None:
         """Training mode, except for the statistics of frozen batch norms; no gradients."""
         self.model.train()
@@ -364,7 +369,8 @@ def train_one_epoch(
     bar = Bar(loader, trainer.row, total=len(steps), show=options.progress)
     for index, batch in enumerate(bar):
         schedule.apply_(trainer.optimizer, epoch * len(steps) + index)
-        images = to_float(batch.images, trainer.device)
+        # Bytes become the network's precision at once where nothing stands between: the same numbers, fewer passes.
+        images = to_float(batch.images, trainer.device, torch.float32 if options.multi_scale else trainer.precision)
         if options.multi_scale:
             images = rescale(images, options, np.random.default_rng((options.seed, epoch, index)))
         targets = batch.targets.to(trainer.device, non_blocking=True)

@@ -222,12 +222,14 @@ class ComputeLoss:
 
     def _object_loss(self, logits: Tensor, cell: Tensor, valid: Tensor, iou: Tensor) -> Tensor:
         """Mean over all cells; `logits` (cells,), and per row the cell it stands in, whether it counts, its IoU."""
-        # Assigning by index would leave the winner among rows of the same cell to chance on an accelerator. The largest
-        # row number per cell is the same in whatever order rows arrive; number 0 is background.
-        number = torch.where(valid, torch.arange(1, len(cell) + 1, device=cell.device), 0)
-        last = torch.zeros_like(logits, dtype=torch.long).scatter_reduce_(0, cell, number, "amax")
-        wanted = torch.cat((iou.new_zeros(1), iou))[last]
-        return self._bce(logits, wanted, self._positive_weights[0]).mean()
+        # Assigning by index would leave the winner among rows of the same cell to chance on an accelerator. Sorted by
+        # cell, the winner is the last row of a cell's run.
+        spare = len(logits)  # a cell that does not exist, for rows that do not count
+        cells, order = torch.where(valid, cell, spare).sort(stable=True)
+        wins = torch.cat((cells[1:] != cells[:-1], cells.new_ones(min(1, len(cells)), dtype=torch.bool)))
+        wanted = iou.new_zeros(spare + 1)
+        wanted[torch.where(wins, cells, spare)] = iou[order]
+        return self._bce(logits, wanted[:spare], self._positive_weights[0]).mean()
 
     def _bce(self, logits: Tensor, wanted: Tensor, positive_weight: Tensor) -> Tensor:
         """Binary cross-entropy per element; with `fl_gamma` the focal loss (Lin et al. 2017, eq. 5)."""
@@ -251,14 +253,19 @@ def _may_compact(device: torch.device) -> bool:
 
 
 def _flat_index(level: Tensor, assignment: Assignment) -> Tensor:
-    """Where each assigned row stands (n,) in the level's predictions (B, na, H, W, ...) flattened to (cells, ...)."""
+    """Where each assigned row stands (n,) in the level's predictions, flattened as `_by_cell` does."""
     _, num_anchors, height, width, _ = level.shape
-    plane = assignment.image * num_anchors + assignment.anchor
-    return (plane * height + assignment.row) * width + assignment.column
+    place = (assignment.image * height + assignment.row) * width + assignment.column
+    return place * num_anchors + assignment.anchor
+
+
+def _by_cell(level: Tensor) -> Tensor:
+    """Predictions (B, na, H, W, no) as (B*H*W*na, no): the order in memory of what a channels-last head gives."""
+    return level.permute(0, 2, 3, 1, 4).reshape(-1, level.shape[-1])
 
 
 class _Pick(torch.autograd.Function):
-    """Level (B, na, H, W, no), cells (n,) -> their rows (n, no), and every cell's objectness (B*na*H*W,).
+    """Level (B, na, H, W, no), cells (n,) -> their rows (n, no), and every cell's objectness (B*H*W*na,).
 
     Plain indexing would do. Its backward fills two tensors as large as the predictions and adds them, and on
     several CPU threads adds rows of the same cell in an order that changes from run to run; this fills one, in a
@@ -267,7 +274,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, level: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        flat = level.reshape(-1, level.shape[-1])
+        flat = _by_cell(level)
         ctx.save_for_backward(cell)
         ctx.shape = level.shape
         return flat[cell], flat[:, 4].clone()
@@ -281,4 +288,5 @@ class _Pick(torch.autograd.Function):
             grad.index_add_(0, cell, rows_grad)
         else:
             grad.index_put_((cell,), rows_grad, accumulate=True)  # sorts: a fixed order, where index_add_ has none
-        return grad.view(ctx.shape), None
+        batch, num_anchors, height, width, size = ctx.shape
+        return grad.view(batch, height, width, num_anchors, size).permute(0, 3, 1, 2, 4), None

@@ -196,6 +196,24 @@ def _describe(device: torch.device) -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, {where}"
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the C library keep the memory of freed tensors for the next ones; glibc only, elsewhere nothing.
+
+    By default glibc takes every large block from the kernel and gives it back when it is freed. The kernel then clears
+    each page again at its first touch, which is up to a sixth of a training step (benchmarks/train.py). The process
+    stays as large as it ever was.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def init_seeds(seed: int, deterministic: bool = True) -> None:
     """Seed Python, NumPy and torch; with `deterministic`, ask torch for reproducible kernels (warning where none)."""
     import random

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import shutil
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
@@ -120,6 +122,8 @@ def build_trainer(
     if world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    if options.compile:
+        wrapped = _compiled(wrapped, device)
     epoch_options = TrainOptions(
         epochs=options.epochs,
         imgsz=options.imgsz,
@@ -140,6 +144,21 @@ def build_trainer(
         frozen=frozen,
         dtype=autocast_dtype(device),
     )
+
+
+def _compiled(network: nn.Module, device: torch.device) -> nn.Module:
+    """The same parameters behind `torch.compile`, which works at the first batch of each size.
+
+    Measured on a CPU (yolov5n at 320 pixels, bf16, one thread): 400 s of work for 22.8 ms an image instead of 22.4. On
+    CUDA it was never measured.
+
+    Raises:
+        UserError: a CPU, for which C++ is generated, without a compiler.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+        raise UserError("--compile needs a C++ compiler on a CPU, and none was found. Install g++, or leave it out.")
+    LOGGER.info("--compile: the first batch of each size takes minutes.")
+    return torch.compile(network)  # type: ignore[return-value]
 
 
 def fit_batch_size(model: nn.Module, imgsz: int, device: torch.device, *, fraction: float = 0.8) -> int:
