@@ -77,7 +77,7 @@ def build_parser() -> ArgumentParser:
     add("--single-cls", action="store_true", help="train as if all classes were one")
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
-    add("--workers", type=int, default=8, help="most loader processes per device")
+    add("--workers", type=int, help="most loader processes per device; default 8, and on a CPU 0: threads")
     add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
@@ -166,7 +166,7 @@ class Training:
         if self.main:
             self.model.info(options.imgsz)
         self.save_dir = self._make_save_dir()
-        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
+        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride, self.device.type)
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
@@ -432,7 +432,7 @@ class Training:
         lower = f", autocast to {str(self.trainer.dtype).removeprefix('torch.')}" if self.trainer.dtype else ""
         LOGGER.info(
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
-            f"Using {loader.num_workers} loader processes{lower}\n"
+            f"Using {loader.num_workers} loader process{'es' * (loader.num_workers != 1)}{lower}\n"
             f"Logging results to {display_path(self.save_dir)}\n{self.recorder.tensorboard}\n"
             + (
                 f"Training epochs {self.start_epoch} to {options.epochs - 1}..."

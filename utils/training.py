@@ -15,7 +15,14 @@ from utils.augmentations import TRANSFORMS
 from utils.autoanchor import AnchorHyp, judge_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
-from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
+from utils.dataloaders import (
+    ImageDataset,
+    Loader,
+    LoaderOptions,
+    build_loader,
+    build_validation_loader,
+    wanted_workers,
+)
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
 from utils.loss import LossHyp, scale_gains
@@ -47,7 +54,7 @@ def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Modul
 
 
 def build_loaders(
-    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int
+    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int, device_type: str
 ) -> tuple[Loader, ImageDataset, Loader | None]:
     """The training loader, the dataset behind it, and on the main process the validation loader.
 
@@ -57,7 +64,7 @@ def build_loaders(
         imgsz=options.imgsz,
         stride=stride,
         single_cls=options.single_cls,
-        workers=options.workers,
+        workers=wanted_workers(options.workers, device_type),
         max_pixels=options.max_megapixels * 1_000_000,
         skip_bad=options.skip_bad,
     )
