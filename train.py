@@ -71,7 +71,7 @@ def build_parser() -> ArgumentParser:
     add("--autoanchor", action="store_true", help="look for better anchors even where the head has --weights")
     add("--noautoanchor", action="store_true", help="do not check the anchors")
     add("--noplots", action="store_true", help="no pictures")
-    add("--cache", nargs="?", const="ram", default=None, help="keep images in ram or on disk; val: those of val only")
+    add("--cache", nargs="?", const="ram", help="ram, disk, val (val's in ram), none; unset: train's in ram if small")
     add("--device", default="", help="cpu, mps, a CUDA number, or several under torchrun")
     add("--multi-scale", action="store_true", help="another size for every batch, up to 50%% smaller or larger")
     add("--single-cls", action="store_true", help="train as if all classes were one")
@@ -552,8 +552,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
     if not 0 <= options.label_smoothing < 1:
         raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
-    if options.cache not in (None, "ram", "disk", "val"):
-        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
+    if options.cache not in (None, "ram", "disk", "val", "none"):
+        raise UserError(f"--cache {options.cache}: expected ram, disk, val or none.")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_images_without_labels_give_empty_targets(own_tiny_dataset: TinyDataset)
 # --- what a sample depends on -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", (None, "ram"))
+@pytest.mark.parametrize("cache", (None, "auto", "ram"))
 def test_batches_are_the_same_bits_whatever_the_workers_and_after_resuming(
     cache: str | None, tiny_dataset: TinyDataset
 ) -> None:
@@ -215,6 +215,36 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(tiny_dataset: TinyDatase
     expected = list(loader)
     next(iter(loader))
     assert all(same(a, b) for a, b in zip(expected, loader, strict=True))
+
+
+def test_an_image_kept_in_memory_is_decoded_once_and_gives_the_same_batches(
+    tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = build(tiny_dataset, **TRAIN, workers=0)
+    decoded: list[str] = []
+
+    def noted(path: str, max_pixels: int) -> Any:
+        decoded.append(path)
+        return read_image(path, max_pixels)
+
+    monkeypatch.setattr("utils.images.read_image", noted)
+    kept, _ = build(tiny_dataset, **TRAIN, workers=0, cache="auto")
+    for epoch in (0, 1):
+        kept.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        batches = list(kept)
+        assert sorted(decoded) == sorted(map(str, tiny_dataset.train))
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.images.read_image", read_image)
+            assert all(same(a, b) for a, b in zip(plain, batches, strict=True))
+
+
+def test_images_are_not_kept_unasked_where_workers_could_not_share_them(
+    tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.dataloaders.CAN_FORK", False)
+    assert not build(tiny_dataset, **TRAIN, workers=2, cache="auto")[1].store.in_memory
+    assert build(tiny_dataset, **TRAIN, workers=0, cache="auto")[1].store.in_memory
 
 
 def test_a_sample_is_the_same_in_batches_of_any_size(tiny_dataset: TinyDataset) -> None:

@@ -43,6 +43,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 FAILURES_SHOWN = 3
 WORKERS = 8  # most loader processes where --workers is not given and the network runs on an accelerator
+CAN_FORK = sys.platform.startswith("linux")  # elsewhere forked processes may not use the platform's libraries
 EDGE = 1e-3  # pixels; training boxes end this far inside the right and bottom edge
 
 
@@ -150,6 +151,8 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
             samples = [samples[i] for i in order]
             self.batch_shapes = rect_shapes(ratio[order], self.batch_size, options)
         self.samples = list(samples)
+        if options.cache == "auto" and options.workers and not CAN_FORK:
+            options = self.options = dataclasses.replace(options, cache=None)  # workers could not share it
         self.store = ImageStore(
             [sample.path for sample in samples],
             [sample.shape_hw for sample in samples],
@@ -362,9 +365,7 @@ class Loader:
         self.dataset, self._options = dataset, options
         self._order = BatchOrder(len(dataset), options)
         self.num_workers = num_workers(options, len(self._order))
-        # on other systems forked processes may not use the platform's libraries
-        self._can_fork = sys.platform.startswith("linux")
-        if dataset.store.in_memory and not self._can_fork and self.num_workers:
+        if dataset.store.in_memory and not CAN_FORK and self.num_workers:
             LOGGER.info(f"{options.prefix}cached images cannot be shared with workers on this system: using none.")
             self.num_workers = 0
         self._named: set[str] = set()
@@ -381,7 +382,7 @@ class Loader:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if workers and self._can_fork else None,
+            multiprocessing_context="fork" if workers and CAN_FORK else None,
             prefetch_factor=ahead,
             persistent_workers=workers > 0,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from utils.dataloaders import (
 )
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
+from utils.images import Cache
 from utils.loss import LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
 from utils.runtime import LOGGER
@@ -68,7 +69,7 @@ def build_loaders(
         max_pixels=options.max_megapixels * 1_000_000,
         skip_bad=options.skip_bad,
     )
-    cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
+    cache: Cache | None = options.cache if options.cache in ("ram", "disk") else None
     per_process = options.batch_size // world_size()
     train_options = LoaderOptions(
         **common,
@@ -76,7 +77,8 @@ def build_loaders(
         rect=options.rect,
         augment=True,
         hyp=hyp,
-        cache=cache,
+        # a mosaic reads every image four times an epoch, validation once: the memory is better left free
+        cache="auto" if options.cache is None else cache,
         seed=options.seed,
         shuffle=not options.rect,
         rank=max(rank(), 0),
@@ -86,7 +88,7 @@ def build_loaders(
     loader, dataset = build_loader(spec, spec.split("train"), train_options)
     if not is_main():
         return loader, dataset, None
-    val_cache: Literal["ram", "disk"] | None = "ram" if options.cache == "val" else cache
+    val_cache: Cache | None = "ram" if options.cache == "val" else cache
     return loader, dataset, build_validation_loader(spec, "val", **common, batch_size=2 * per_process, cache=val_cache)
 
 
