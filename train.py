@@ -424,11 +424,9 @@ class Training:
             return
         self.recorder: Recorder = Recorder(self.save_dir, start_epoch=self.start_epoch)
         if not options.noplots and self.resumed is None:
-            import numpy as np
-
             from utils import plots
 
-            plots.plot_labels(np.concatenate(self.dataset.labels_list), self.names, self.save_dir)
+            plots.plot_labels(self.dataset.samples.labels.flat, self.names, self.save_dir)
         lower = f", autocast to {str(self.trainer.dtype).removeprefix('torch.')}" if self.trainer.dtype else ""
         LOGGER.info(
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"

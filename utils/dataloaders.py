@@ -35,15 +35,16 @@ from utils.boxes import Letterbox, cxcywhn_to_xyxy, xyxy_to_cxcywhn
 from utils.config import UserError, display_path, owned
 from utils.data import DatasetSpec
 from utils.distributed import rank_zero_first
+from utils.forks import CAN_FORK
 from utils.images import MAX_PIXELS, Cache, ImageError, ImageGone, ImageStore, num_cpus
-from utils.labels import Sample, refuse_unusable, scan
+from utils.labels import refuse_unusable, scan
 from utils.runtime import LOGGER
+from utils.samples import Samples
 
 Floats = npt.NDArray[np.floating[Any]]
 
 FAILURES_SHOWN = 3
 WORKERS = 8  # most loader processes where --workers is not given and the network runs on an accelerator
-CAN_FORK = sys.platform.startswith("linux")  # elsewhere forked processes may not use the platform's libraries
 EDGE = 1e-3  # pixels; training boxes end this far inside the right and bottom edge
 
 
@@ -119,17 +120,6 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed % 2**63, epoch, index])
 
 
-class _Ragged:
-    """Arrays `(n_i, ...)` laid end to end: forked workers share the pages, which counting references would copy."""
-
-    def __init__(self, arrays: Sequence[Floats], columns: int) -> None:
-        self.flat = np.concatenate([np.zeros((0, columns), np.float32), *arrays]).astype(np.float32)
-        self.starts = np.cumsum([0, *map(len, arrays)])
-
-    def __getitem__(self, i: int) -> Floats:
-        return self.flat[self.starts[i] : self.starts[i + 1]]
-
-
 class ImageDataset(torch.utils.data.Dataset[Any]):
     """Samples by `(epoch, index)`. With `rect`, index counts in order of aspect ratio.
 
@@ -141,21 +131,20 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
     that is raised in a worker; the loader raises it.
     """
 
-    def __init__(self, samples: Sequence[Sample], options: LoaderOptions) -> None:
+    def __init__(self, samples: Samples, options: LoaderOptions) -> None:
         self.options = options
         self.batch_size = min(options.batch_size, len(samples))
         if options.rect:
-            shapes_hw = np.array([sample.shape_hw for sample in samples])
-            ratio = shapes_hw[:, 0] / shapes_hw[:, 1]
-            order = rect_order(shapes_hw)
-            samples = [samples[i] for i in order]
+            ratio = samples.shapes_hw[:, 0] / samples.shapes_hw[:, 1]
+            order = rect_order(samples.shapes_hw)
+            samples = samples.take(order)
             self.batch_shapes = rect_shapes(ratio[order], self.batch_size, options)
-        self.samples = list(samples)
+        self.samples = samples
         if options.cache == "auto" and options.workers and not CAN_FORK:
             options = self.options = dataclasses.replace(options, cache=None)  # workers could not share it
         self.store = ImageStore(
-            [sample.path for sample in samples],
-            [sample.shape_hw for sample in samples],
+            samples.paths,
+            samples.shapes_hw,
             options.imgsz,
             smooth=not options.augment,
             cache=options.cache,
@@ -163,16 +152,12 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
             max_pixels=options.max_pixels,
             prefix=options.prefix,
         )
-        self._labels = _Ragged([sample.labels for sample in samples], 5)
-        outlined = [s.segments if len(s.segments) == len(s.labels) else () for s in samples]
-        self._segments = _Ragged([polygon for polygons in outlined for polygon in polygons], 2)
-        self._first_segment = np.cumsum([0, *map(len, outlined)])
         hyp = options.hyp or {}
         self.perspective = owned(aug.RandomPerspective, hyp)
         self.mosaic, self.mixup = owned(aug.Mosaic, hyp), owned(aug.MixUp, hyp)
         self.copy_paste = owned(aug.CopyPaste, hyp)
         self.image_transforms: list[aug.ImageTransform] = [owned(transform, hyp) for transform in aug.IMAGE_TRANSFORMS]
-        if options.augment and self.copy_paste.copy_paste and not self._first_segment[-1]:
+        if options.augment and self.copy_paste.copy_paste and not len(samples.segments):
             LOGGER.warning(f"{options.prefix}copy_paste is set, but no label is a polygon: there is nothing to paste.")
 
     def __len__(self) -> int:
@@ -181,7 +166,7 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
     @property
     def labels_list(self) -> list[Floats]:
         """Per image `(n, 5)` [class, cx, cy, w, h] in 0..1."""
-        return [sample.labels for sample in self.samples]
+        return [self.samples.labels[i] for i in range(len(self.samples))]
 
     @property
     def shapes_hw(self) -> npt.NDArray[np.int64]:
@@ -263,11 +248,11 @@ class ImageDataset(torch.utils.data.Dataset[Any]):
 
     def _labelled(self, index: int, image: Image, width: float, height: float, pad_xy: tuple[float, float]) -> Example:
         """The image with its labels, whose 0..1 spans `width` and `height` pixels from `pad_xy` on."""
-        labels = self._labels[index]
+        labels = self.samples.labels[index]
         boxes = np.concatenate((labels[:, :1], cxcywhn_to_xyxy(labels[:, 1:], width, height, *pad_xy)), 1)
-        segments = range(self._first_segment[index], self._first_segment[index + 1])
+        segments = self.samples.polygons(index)
         scale, shift = np.array((width, height), np.float32), np.array(pad_xy, np.float32)
-        return Example(image, boxes, tuple(self._segments[i] * scale + shift for i in segments))
+        return Example(image, boxes, tuple(polygon * scale + shift for polygon in segments))
 
     def _item(self, index: int, example: Example, fitted: Letterbox | None, failed: list[str]) -> _Item:
         height, width = example.shape_hw
@@ -497,7 +482,7 @@ def build_loader(spec: DatasetSpec, sources: Sequence[Path], options: LoaderOpti
     if not found.samples:
         detail = f" {found.messages[0]}" if found.messages else ""
         raise UserError(f"{display_path(spec.path)}: no usable image in {places}.{detail}")
-    if options.augment and not any(len(sample.labels) for sample in found.samples):
+    if options.augment and not len(found.samples.labels.flat):
         raise UserError(
             f"{display_path(spec.path)}: none of the {len(found.samples)} images in {places} has a label. They are "
             "looked for in a folder `labels` beside `images`, in .txt files named after the images."

@@ -30,6 +30,7 @@ from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
 from utils.progress import Bar
 from utils.runtime import LOGGER
+from utils.samples import Paths
 
 Image = npt.NDArray[np.uint8]
 Cache = Literal["auto", "ram", "disk"]
@@ -236,10 +237,15 @@ def _decoded_by_pillow(path: str | Path, opened: PillowImage.Image, max_pixels: 
 
 def resized_hw(shape_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
     """Height and width with the longer side `imgsz`, the other rounded up."""
-    scale = imgsz / max(shape_hw)
-    # the tiny offset keeps e.g. 333 * (640 / 333) from being rounded up to 641
-    height, width = (max(math.ceil(side * scale - 1e-9), 1) for side in shape_hw)
+    height, width = _resized_shapes(np.array((shape_hw,)), imgsz)[0].tolist()
     return height, width
+
+
+def _resized_shapes(shapes_hw: npt.NDArray[np.int64], imgsz: int) -> npt.NDArray[np.int64]:
+    """`resized_hw` of `(n, 2)` at once."""
+    scale = imgsz / shapes_hw.max(1, keepdims=True)
+    # the tiny offset keeps e.g. 333 * (640 / 333) from being rounded up to 641
+    return np.maximum(np.ceil(shapes_hw * scale - 1e-9), 1).astype(np.int64)
 
 
 class ImageStore:
@@ -254,8 +260,8 @@ class ImageStore:
 
     def __init__(
         self,
-        paths: Sequence[str],
-        shapes_hw: Sequence[tuple[int, int]],
+        paths: Paths | Sequence[str],
+        shapes_hw: npt.ArrayLike,
         imgsz: int,
         *,
         smooth: bool,
@@ -266,11 +272,10 @@ class ImageStore:
     ) -> None:
         self.imgsz, self.smooth, self.processes, self.prefix = imgsz, smooth, processes, prefix
         self.max_pixels = max_pixels
-        # arrays, not lists: workers that merely look at an object of a list copy its page
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = paths if isinstance(paths, Paths) else Paths(paths)
         self.shapes_hw = np.array(shapes_hw, np.int64).reshape(-1, 2)
-        sizes = [math.prod(resized_hw((h, w), imgsz)) * 3 for h, w in self.shapes_hw.tolist()]
-        self._starts = np.cumsum([0, *sizes])
+        sizes = _resized_shapes(self.shapes_hw, imgsz).prod(1) * 3
+        self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self._arena: Image | None = None
         self._broken: dict[int, str] = {}  # of the images in memory
         self._folder: Path | None = None
@@ -284,7 +289,7 @@ class ImageStore:
         return self._arena is not None
 
     def path(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
+        return self._paths[index]
 
     def load(self, index: int) -> Image:
         """Image `index` resized; read-only where it comes from memory.
