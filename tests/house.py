@@ -19,6 +19,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "utils.config",
         "utils.files",
         "utils.distributed",
+        "utils.forks",
         "utils.runtime",
         "utils.names",
         "utils.progress",
@@ -30,6 +31,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "data": (
         "utils.shapes",
         "utils.data",
+        "utils.samples",
         "utils.images",
         "utils.labels",
         "utils.augmentations",
