@@ -263,7 +263,7 @@ def test_small_sets_are_trained_on_from_memory_unless_told_otherwise(
 
     options = train.build_parser().parse_args(["--img", "64", "--batch", "4"])
     options.cache = cache
-    loader, _, val_loader = build_loaders(prepare(tiny_dataset.yaml), options, HYP, 32, "cpu")
+    loader, _, val_loader = build_loaders(prepare(tiny_dataset.yaml), options, HYP, 32, torch.device("cpu"))
     assert val_loader is not None
     assert (loader.dataset.store.in_memory, val_loader.dataset.store.in_memory) == kept
     assert loader.num_workers == val_loader.num_workers == 0
