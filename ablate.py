@@ -82,7 +82,7 @@ def try_arm(cell: Cell) -> dict[str, Any]:
     from utils.inference import to_float
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        settings = {**cell.options, "project": folder, "name": "try", "noplots": True, "workers": 0, "cache": None}
+        settings = {**cell.options, "project": folder, "name": "try", "noplots": True, "workers": 0, "cache": "none"}
         options = options_from(train.build_parser(), settings)
         train.check(options)
         parts = train.Training(options, select_device(_device(cell)), None)

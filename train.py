@@ -71,14 +71,19 @@ def build_parser() -> ArgumentParser:
     add("--autoanchor", action="store_true", help="look for better anchors even where the head has --weights")
     add("--noautoanchor", action="store_true", help="do not check the anchors")
     add("--noplots", action="store_true", help="no pictures")
-    add("--cache", nargs="?", const="ram", default=None, help="keep images in ram or on disk; val: those of val only")
+    add(
+        "--cache",
+        nargs="?",
+        const="ram",
+        help="ram, disk, device (augments on the GPU; slow on cpu), val (val's in ram), none; unset: ram if small",
+    )
     add("--device", default="", help="cpu, mps, a CUDA number, or several under torchrun")
     add("--multi-scale", action="store_true", help="another size for every batch, up to 50%% smaller or larger")
     add("--single-cls", action="store_true", help="train as if all classes were one")
     add("--optimizer", default="SGD", choices=("SGD", "Adam", "AdamW"), help="optimizer")
     add("--sync-bn", action="store_true", help="batch norm over all devices (torchrun with CUDA)")
     add("--compile", action="store_true", help="torch.compile: minutes before the first batch, and no gain on a CPU")
-    add("--workers", type=int, default=8, help="most loader processes per device")
+    add("--workers", type=int, help="most loader processes per device; default 8, and on a CPU 0: threads")
     add("--project", default=str(WORK / "runs/train"), help="folder of the runs")
     add("--name", default="exp", help="name of this run; cfg: that of the network YAML")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
@@ -168,7 +173,7 @@ class Training:
         if self.main:
             self.model.info(options.imgsz)
         self.save_dir = self._make_save_dir()
-        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride)
+        self.loader, self.dataset, self.val_loader = build_loaders(spec, options, self.hyp, stride, device)
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
@@ -426,15 +431,13 @@ class Training:
             return
         self.recorder: Recorder = Recorder(self.save_dir, start_epoch=self.start_epoch)
         if not options.noplots and self.resumed is None:
-            import numpy as np
-
             from utils import plots
 
-            plots.plot_labels(np.concatenate(self.dataset.labels_list), self.names, self.save_dir)
+            plots.plot_labels(self.dataset.samples.labels.flat, self.names, self.save_dir)
         lower = f", autocast to {str(self.trainer.dtype).removeprefix('torch.')}" if self.trainer.dtype else ""
         LOGGER.info(
             f"Image sizes {options.imgsz} train, {options.imgsz} val\n"
-            f"Using {loader.num_workers} loader processes{lower}\n"
+            f"Using {loader.num_workers} loader process{'es' * (loader.num_workers != 1)}{lower}\n"
             f"Logging results to {display_path(self.save_dir)}\n{self.recorder.tensorboard}\n"
             + (
                 f"Training epochs {self.start_epoch} to {options.epochs - 1}..."
@@ -554,8 +557,12 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
     if not 0 <= options.label_smoothing < 1:
         raise UserError(f"--label-smoothing {options.label_smoothing:g}: expected 0 or more, and less than 1.")
-    if options.cache not in (None, "ram", "disk", "val"):
-        raise UserError(f"--cache {options.cache}: expected ram, disk or val.")
+    if options.cache not in (None, "ram", "disk", "device", "val", "none"):
+        raise UserError(f"--cache {options.cache}: expected ram, disk, device, val or none.")
+    if options.cache == "device" and options.rect:
+        raise UserError("--cache device makes square batches; with --rect use --cache ram.")
+    if options.cache == "device" and options.batch_size == -1:
+        raise UserError("--cache device: --batch-size -1 would fill the memory that the images need. Give a number.")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def build_parser() -> ArgumentParser:
     add("--max-det", type=int, default=300, help="most detections per image")
     add("--task", default="val", choices=("train", "val", "test", "speed", "study"), help="split to judge, or a study")
     add("--device", default="", help="cpu, mps, or a CUDA number such as 0")
-    add("--workers", type=int, default=8, help="most loader processes")
+    add("--workers", type=int, help="most loader processes; default 8, and on a CPU 0: threads")
     add("--single-cls", action="store_true", help="judge as if all classes were one")
     add("--augment", action="store_true", help="test-time augmentation")
     add("--verbose", action="store_true", help="one row per class")
@@ -100,6 +100,7 @@ def _run(options: argparse.Namespace) -> Summary:
 def _validate(options: argparse.Namespace) -> Summary:
     from models.backends import load
     from utils.data import prepare
+    from utils.dataloaders import wanted_workers
     from utils.engine import TABLE_HEADER, EvalOptions, judge, table_rows
     from utils.inference import input_hw, speed_line
     from utils.progress import fit_table, terminal_width
@@ -126,7 +127,7 @@ def _validate(options: argparse.Namespace) -> Summary:
         confusion=plots,
     )
     loading = {
-        "workers": options.workers,
+        "workers": wanted_workers(options.workers, device.type),
         "max_pixels": options.max_megapixels * 1_000_000,
         "skip_bad": options.skip_bad,
     }

@@ -50,7 +50,7 @@ def train_some_steps() -> dict[str, Any]:
     data = yaml.safe_load((ROOT / "models/yolov5n.yaml").read_text(encoding="utf-8"))
     model = DetectionModel({**data, "width_multiple": 0.03, "nc": CLASSES})
     options = argparse.Namespace(
-        imgsz=SIZE, epochs=1, batch_size=BATCH, optimizer="SGD", cos_lr=False, seed=0, multi_scale=False
+        imgsz=SIZE, epochs=1, batch_size=BATCH, optimizer="SGD", cos_lr=False, seed=0, multi_scale=False, compile=False
     )
     hyp = {"warmup_epochs": 0.0, "nominal_batch": 2 * BATCH}
     loader: Any = batches()

@@ -18,6 +18,7 @@ import pytest
 import simulated_accelerator as simulated
 import torch
 from conftest import TinyDataset
+from test_dataloaders import STRONG, build
 from test_engine import CLASSES, make_batch, micro_yaml
 from test_train import quick, rows_of, same, weights_of
 
@@ -29,7 +30,9 @@ from models.common import Gate
 from models.gates.inspect import inspect_gates
 from models.graph import layer_classes
 from models.yolo import DetectionModel
-from utils import engine
+from utils import device_cache, engine
+from utils.dataloaders import LoaderOptions
+from utils.device_cache import DeviceLoader
 from utils.engine import EvalOptions, Trainer, TrainOptions, evaluate, train_one_epoch
 from utils.images import read_image
 from utils.inference import DetectOptions, Detector
@@ -196,6 +199,31 @@ def test_an_epoch_waits_only_where_the_losses_are_read(multi_scale: bool, monkey
     simulated.WAITS.clear()
     train_one_epoch(trainer, batches, 0)
     assert simulated.WAITS == ["copy to the CPU in utils/engine.py:add"] * 2  # after three batches, and at the end
+
+
+def test_batches_made_on_the_accelerator_are_those_made_on_the_cpu_and_wait_for_nothing(
+    tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_cache, "num_cpus", lambda: 1)
+    options = LoaderOptions(imgsz=SIZE, batch_size=3, augment=True, hyp=STRONG, workers=0)
+    _, dataset = build(tiny_dataset, imgsz=SIZE, batch_size=3, augment=True, hyp=STRONG, workers=0)
+    ours, theirs = (DeviceLoader(dataset, options, device) for device in (DEVICE, CPU))
+    trainer = trainer_on(DEVICE, batches=len(ours))
+    train_one_epoch(trainer, ours, 0)  # the first step makes the optimizer's state
+    simulated.WAITS.clear()
+    train_one_epoch(trainer, ours, 1)
+    assert simulated.WAITS == ["copy to the CPU in utils/engine.py:add"]  # at the end
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert batch.images.device == DEVICE and torch.equal(batch.images.cpu(), expected.images)
+        assert torch.equal(batch.targets, expected.targets)
+
+
+def test_a_run_with_its_images_on_the_accelerator_ends_like_the_one_without(
+    runs: dict[str, argparse.Namespace], tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    cached = quick(tmp_path, tiny_dataset, device="sim", cache="device")
+    for ours, theirs in zip(rows_of(cached.save_dir), rows_of(runs["sim"].save_dir), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-4)
 
 
 def test_an_epoch_with_labels_and_without_them_has_finite_losses_and_gradients() -> None:

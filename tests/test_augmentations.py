@@ -197,6 +197,20 @@ def test_hsv_of_factors_one_changes_almost_nothing_and_value_zero_is_black() -> 
     assert HSV(0, 0, 0).sample(np.random.default_rng(0)) is None
 
 
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_hsv_is_what_one_table_of_three_channels_gives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (int(rng.integers(1, 40)), int(rng.integers(1, 40)), 3), dtype=np.uint8)
+    factors = HSV(0.5, 0.9, 0.9).sample(rng)
+    assert factors is not None
+    levels = np.arange(256)[:, None] * factors
+    levels[:, 0] %= 180
+    table = np.clip(levels, 0, 255).astype(np.uint8).reshape(1, 256, 3)
+    expected = cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table), cv2.COLOR_HSV2BGR)
+    assert np.array_equal(HSV.apply(Example(image, np.zeros((0, 5), np.float32)), factors).image, expected)
+
+
 def test_hsv_hue_goes_round_and_saturation_stops_at_its_end() -> None:
     pixel = cv2.cvtColor(np.array([[[170, 200, 100]]], np.uint8), cv2.COLOR_HSV2BGR)
     result = HSV.apply(Example(pixel, np.zeros((0, 5), np.float32)), np.array((1.2, 2.0, 1.0))).image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import re
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from utils.dataloaders import (
     num_workers,
     rect_order,
     rect_shapes,
+    wanted_workers,
 )
 from utils.images import ImageError, read_image
 
@@ -164,7 +166,7 @@ def test_images_without_labels_give_empty_targets(own_tiny_dataset: TinyDataset)
 # --- what a sample depends on -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", (None, "ram"))
+@pytest.mark.parametrize("cache", (None, "auto", "ram"))
 def test_batches_are_the_same_bits_whatever_the_workers_and_after_resuming(
     cache: str | None, tiny_dataset: TinyDataset
 ) -> None:
@@ -182,11 +184,67 @@ def test_batches_are_the_same_bits_whatever_the_workers_and_after_resuming(
     assert [b.indices for b in epochs[0][0]] != [b.indices for b in epochs[1][0]]
 
 
+@pytest.mark.parametrize("augment", (False, True))
+def test_threads_give_the_same_bits_as_one(
+    augment: bool, own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(own_tiny_dataset.train[2])
+    loader, _ = build(own_tiny_dataset, **{**TRAIN, "augment": augment, "batch_size": 8}, workers=0)
+    made_by: set[int] = set()
+    barrier = threading.Barrier(3, timeout=30)
+    make = ImageDataset.__getitem__
+
+    def noted(self: ImageDataset, key: tuple[int, int]) -> Any:
+        if threading.get_ident() not in made_by:
+            made_by.add(threading.get_ident())
+            barrier.wait()
+        return make(self, key)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = list(loader)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(ImageDataset, "__getitem__", noted)
+    together = list(loader)
+    assert len(made_by) == 3 and threading.get_ident() not in made_by
+    assert all(same(a, b) and a.failed == b.failed for a, b in zip(alone, together, strict=True))
+    assert any(batch.failed for batch in together)
+
+
 def test_an_abandoned_epoch_does_not_leak_into_the_next(tiny_dataset: TinyDataset) -> None:
     loader, _ = build(tiny_dataset, **TRAIN, workers=2)
     expected = list(loader)
     next(iter(loader))
     assert all(same(a, b) for a, b in zip(expected, loader, strict=True))
+
+
+def test_an_image_kept_in_memory_is_decoded_once_and_gives_the_same_batches(
+    tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = build(tiny_dataset, **TRAIN, workers=0)
+    decoded: list[str] = []
+
+    def noted(path: str, max_pixels: int) -> Any:
+        decoded.append(path)
+        return read_image(path, max_pixels)
+
+    monkeypatch.setattr("utils.images.read_image", noted)
+    kept, _ = build(tiny_dataset, **TRAIN, workers=0, cache="auto")
+    for epoch in (0, 1):
+        kept.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        batches = list(kept)
+        assert sorted(decoded) == sorted(map(str, tiny_dataset.train))
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.images.read_image", read_image)
+            assert all(same(a, b) for a, b in zip(plain, batches, strict=True))
+
+
+def test_images_are_not_kept_unasked_where_workers_could_not_share_them(
+    tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.dataloaders.CAN_FORK", False)
+    assert not build(tiny_dataset, **TRAIN, workers=2, cache="auto")[1].store.in_memory
+    assert build(tiny_dataset, **TRAIN, workers=0, cache="auto")[1].store.in_memory
 
 
 def test_a_sample_is_the_same_in_batches_of_any_size(tiny_dataset: TinyDataset) -> None:
@@ -251,6 +309,12 @@ def test_workers_are_limited_by_cores_batch_and_what_there_is_to_do(monkeypatch:
     assert workers(batch_size=32, workers=3) == 3
     assert workers(3, batch_size=32) == 3
     assert workers(1, batch_size=32) == workers(batch_size=1) == workers(batch_size=8, workers=0) == 0
+
+
+def test_a_network_on_the_cpu_gets_the_cores_for_itself_unless_workers_are_asked_for() -> None:
+    assert [wanted_workers(None, device) for device in ("cpu", "cuda", "mps")] == [0, 8, 8]
+    assert [wanted_workers(workers, "cpu") for workers in (0, 2)] == [0, 2]
+    assert wanted_workers(0, "cuda") == 0
 
 
 def test_loading_leaves_the_main_process_its_threads(tiny_dataset: TinyDataset) -> None:

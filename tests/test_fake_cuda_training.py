@@ -24,7 +24,15 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW")
 def trainer_of(model: DetectionModel, optimizer: str = "SGD", **changes: Any) -> Trainer:
     """What train.py builds for a network on its device, for two epochs of three batches."""
     options = argparse.Namespace(
-        imgsz=SIZE, epochs=2, batch_size=2, optimizer=optimizer, cos_lr=False, seed=0, multi_scale=False, **changes
+        imgsz=SIZE,
+        epochs=2,
+        batch_size=2,
+        optimizer=optimizer,
+        cos_lr=False,
+        seed=0,
+        multi_scale=False,
+        compile=False,
+        **changes,
     )
     loader: Any = type("Loader", (), {"__len__": lambda self: 3})()
     return build_trainer(model, loader, options, {})

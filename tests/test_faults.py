@@ -207,7 +207,7 @@ def test_a_mistake_of_ours_in_a_loader_process_keeps_its_traceback(
 ) -> None:
     loader = loader_of(own_tiny_dataset)
 
-    def broken(self: object, index: int) -> None:
+    def broken(self: object, index: int, failed: list[str]) -> None:
         raise error("ours")
 
     monkeypatch.setattr("utils.dataloaders.ImageDataset._plain", broken)

@@ -243,17 +243,61 @@ def test_a_broken_file_in_the_disk_cache_is_decoded_instead(files: list[Path], o
 def test_images_that_do_not_fit_into_memory_are_read_from_their_files(
     files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(images, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(images, "available_memory", lambda: 1000)
     monkeypatch.setattr(logging.getLogger("yolov5"), "propagate", True)
     store = make_store(files, "ram")
     assert not store.in_memory and "not cached" in caplog.text
     assert store.load(0).shape == (50, 64, 3)
 
 
+@pytest.mark.parametrize(("share", "kept"), ((0.999, True), (1.001, False)))
+def test_images_are_kept_unasked_where_they_take_a_small_share_of_the_memory(
+    share: float, kept: bool, files: list[Path], monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    size = 3 * 64 * (50 + 40 + 64 + 50)
+    monkeypatch.setattr(images, "available_memory", lambda: int(size / images.SMALL_SHARE / share) + 1)
+    plain, store = make_store(files), make_store(files, "auto")
+    assert store.in_memory == kept
+    assert [line for line in said if "keeping the 4 decoded images in memory" in line and "--cache none" in line] == (
+        said if kept else []
+    )
+    assert all(np.array_equal(store.load(i), plain.load(i)) for i in range(len(files)))
+
+
+def test_nothing_is_kept_unasked_where_the_free_memory_is_unknown(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "available_memory", lambda: None)
+    assert not make_store(files, "auto").in_memory
+
+
+def _write_group(folder: Path, limit: str, used: int, cached: int, *, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"{'total_' * (version == 1)}inactive_file {cached}\nother 1\n")
+
+
+@pytest.mark.parametrize("version", (1, 2))
+def test_the_limits_of_all_containers_around_a_process_count(version: int, tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    top = root / "memory" if version == 1 else root
+    own.write_text("5:cpu:/a/b\n4:memory:/a/b\n" if version == 1 else "0::/a/b\n")
+    _write_group(top / "a/b", str(2**63 - 4096) if version == 1 else "max", 100, 0, version=version)
+    _write_group(top / "a", "1000", 700, 50, version=version)
+    _write_group(top, "9000", 800, 0, version=version)
+    left = images._free_in_groups(own, root)
+    assert min(left) == 350 and 8200 in left
+    own.write_text(own.read_text().replace("/a/b", "/outside/of/the/container"))
+    assert images._free_in_groups(own, root) == [8200]
+    assert images._free_in_groups(tmp_path / "absent", root) == []
+
+
 def test_available_memory_is_known_on_linux() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc/meminfo on this system")
-    available = images._available_memory()
+    available = images.available_memory()
     assert available is not None and 2**20 < available < 2**50
 
 

@@ -6,20 +6,25 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from conftest import TinyDataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from utils import labels
 from utils.config import UserError
 from utils.data import DatasetSpec, load_dataset
 from utils.dataloaders import LoaderOptions, build_loader
-from utils.labels import Sample, Scan, image_files, image_shape, label_path, parse_label_file, scan
+from utils.forks import CAN_FORK
+from utils.labels import Scan, image_files, image_shape, label_path, parse_label_file, scan
+from utils.samples import Sample
 
 GOOD = "0 0.5 0.5 0.2 0.4\n"
 
@@ -44,7 +49,7 @@ def picture(file: Path, shape: tuple[int, ...] = (40, 60, 3)) -> Path:
     return file
 
 
-def same(a: list[Sample], b: list[Sample]) -> bool:
+def same(a: Sequence[Sample], b: Sequence[Sample]) -> bool:
     return len(a) == len(b) and all(
         (x.path, x.shape_hw) == (y.path, y.shape_hw)
         and np.array_equal(x.labels, y.labels)
@@ -353,6 +358,62 @@ def test_the_cache_gives_the_same_scan(own_tiny_dataset: TinyDataset, monkeypatc
     assert first.messages == second.messages
 
 
+def test_processes_scan_many_images_as_threads_do(
+    own_tiny_dataset: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(own_tiny_dataset)
+    monkeypatch.setattr(labels, "CHUNK", 3)
+    monkeypatch.setattr(labels, "num_cpus", lambda: 2)
+    threads = scan_val(own_tiny_dataset)
+    monkeypatch.setattr(labels, "MANY", 2)
+    monkeypatch.setattr(labels, "CACHE_VERSION", -1)
+    pids = own_tiny_dataset.root / "pids"
+    examine = labels._examine
+
+    def noted(file: str, **options: Any) -> Any:
+        with pids.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        return examine(file, **options)
+
+    monkeypatch.setattr(labels, "_examine", noted)
+    forked = scan_val(own_tiny_dataset)
+    if CAN_FORK:
+        assert len(set(pids.read_text().split()) - {str(os.getpid())}) == 2
+    assert same(threads.samples, forked.samples) and threads.messages == forked.messages
+    assert (threads.found, threads.missing, threads.empty, threads.corrupt) == (
+        *(forked.found, forked.missing, forked.empty, forked.corrupt),
+    )
+
+
+NUMBER = st.one_of(
+    st.integers(0, 3).map(str),
+    st.floats(0, 1, width=32).map(repr),
+    st.sampled_from(("1.0005", "-0.0005", "-0.0", "nan", "1e-60", "1_0", "0.5x", "7", "-1", "2.5", "1e300", "٣")),
+)
+ROW = st.lists(NUMBER, min_size=4, max_size=7).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(ROW, st.just(GOOD.strip())), max_size=4), st.sampled_from(("\n", "\r\n", "\n\n", "\x0b\n")))
+def test_a_file_of_boxes_alone_is_read_as_row_by_row(tmp_path: Path, rows: list[str], between: str) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_bytes(between.join(rows).encode())
+    at_once = parse_label_file(file, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels, "_flawless_boxes", lambda text, num_classes: None)
+        by_row = parse_label_file(file, 3)
+    assert at_once.labels.tobytes() == by_row.labels.tobytes() and at_once.labels.shape == by_row.labels.shape
+    assert (at_once.errors, at_once.notes) == (by_row.errors, by_row.notes)
+    assert [s.tobytes() for s in at_once.segments] == [s.tobytes() for s in by_row.segments]
+
+
+@given(st.lists(st.sampled_from(("images", "a", "images.x", "b.c", "labels")), max_size=5), st.sampled_from("abc"))
+def test_the_fast_way_to_a_label_s_path_agrees_with_the_plain_one(folders: list[str], name: str) -> None:
+    for suffix in (".jpg", ".b.PNG", "..jpeg"):
+        image = os.path.abspath(os.path.join(os.sep, *folders, name + suffix))
+        assert labels._label_name(image) == str(label_path(image))
+
+
 def test_the_number_of_workers_changes_nothing(own_tiny_dataset: TinyDataset) -> None:
     spoil(own_tiny_dataset)
     one = scan_val(own_tiny_dataset, workers=0)
@@ -518,7 +579,7 @@ def test_more_than_a_tenth_of_unusable_images_stops_and_skip_bad_goes_on(own_tin
 def test_nothing_at_all_is_an_empty_scan(tmp_path: Path, tiny_dataset: TinyDataset) -> None:
     (tmp_path / "none").mkdir()
     found = scan([tmp_path / "none"], load_dataset(tiny_dataset.yaml))
-    assert found.samples == [] and (found.found, found.missing, found.empty, found.corrupt) == (0, 0, 0, 0)
+    assert list(found.samples) == [] and (found.found, found.missing, found.empty, found.corrupt) == (0, 0, 0, 0)
 
 
 def test_the_128_photos_have_929_labels(datasets_dir: Path) -> None:

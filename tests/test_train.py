@@ -251,6 +251,24 @@ def test_resuming_with_the_flags_of_the_run_warns_of_nothing(
     assert not [line for line in said if "ignored" in line]
 
 
+@pytest.mark.parametrize(
+    ("cache", "kept"),
+    [(None, (True, False)), ("none", (False, False)), ("val", (False, True)), ("ram", (True, True))],
+)
+def test_small_sets_are_trained_on_from_memory_unless_told_otherwise(
+    cache: str | None, kept: tuple[bool, bool], tiny_dataset: TinyDataset
+) -> None:
+    from utils.data import prepare
+    from utils.training import build_loaders
+
+    options = train.build_parser().parse_args(["--img", "64", "--batch", "4"])
+    options.cache = cache
+    loader, _, val_loader = build_loaders(prepare(tiny_dataset.yaml), options, HYP, 32, torch.device("cpu"))
+    assert val_loader is not None
+    assert (loader.dataset.store.in_memory, val_loader.dataset.store.in_memory) == kept
+    assert loader.num_workers == val_loader.num_workers == 0
+
+
 def test_the_number_of_workers_may_change_on_resuming_to_the_default_too(
     finished: argparse.Namespace, tmp_path: Path
 ) -> None:
@@ -406,7 +424,7 @@ def test_all_processes_learn_the_run_folder_that_the_first_one_made(tmp_path: Pa
         (["--bbox_interval", "3"], "--bbox_interval is not offered"),
         (["--epochs", "0"], "--epochs 0: expected 1 or more"),
         (["--batch", "0"], "--batch-size 0: expected 1 or more, or -1"),
-        (["--cache", "moon"], "--cache moon: expected ram, disk or val"),
+        (["--cache", "moon"], "--cache moon: expected ram, disk, device, val or none"),
         (["--img", "-5"], "--imgsz -5: expected 1 or more"),
         (["--label-smoothing", "5"], "--label-smoothing 5: expected 0 or more, and less than 1"),
         (["--workers", "-3"], "--workers -3: expected 0 or more"),

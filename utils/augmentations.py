@@ -159,19 +159,25 @@ class RandomPerspective:
             return None
         return Warp(matrix, gain, size_hw)
 
+    @classmethod
+    def apply(cls, example: Example, warp: Warp) -> Example:
+        """The warped image with the boxes that are still worth learning; outlines are used up."""
+        height, width = warp.size_hw
+        move = cv2.warpAffine if _is_affine(warp.matrix) else cv2.warpPerspective
+        matrix = warp.matrix[:2] if _is_affine(warp.matrix) else warp.matrix
+        image = _as_image(move(example.image, matrix, (width, height), borderValue=(FILL, FILL, FILL)))
+        return Example(image, cls.boxes(example, warp))
+
     @staticmethod
-    def apply(example: Example, warp: Warp) -> Example:
-        """The warped image with the boxes that are still worth learning; outlines are used up.
+    def boxes(example: Example, warp: Warp) -> Floats:
+        """The warped boxes; the example's pixels are not looked at.
 
         A box with an outline becomes the box around the outline's points inside the image, any other the box around its
         four moved corners. Dropped are boxes of which too little is left, or that became a line.
         """
         height, width = warp.size_hw
-        move = cv2.warpAffine if _is_affine(warp.matrix) else cv2.warpPerspective
-        matrix = warp.matrix[:2] if _is_affine(warp.matrix) else warp.matrix
-        image = _as_image(move(example.image, matrix, (width, height), borderValue=(FILL, FILL, FILL)))
         if not len(example.boxes):
-            return Example(image, example.boxes)
+            return example.boxes
         before = example.boxes[:, 1:5].astype(np.float64)
         outlined = len(example.segments) == len(before)
         if outlined:
@@ -185,8 +191,7 @@ class RandomPerspective:
             points = _move(corners, warp.matrix)
             after = clip_xyxy(np.concatenate((points.min(1), points.max(1)), 1), warp.size_hw)
         keep = _worth_keeping(before, after, warp.gain, MIN_AREA_KEPT_OUTLINE if outlined else MIN_AREA_KEPT)
-        boxes = np.concatenate((example.boxes[keep, :1], after[keep]), 1).astype(np.float32)
-        return Example(image, boxes)
+        return np.concatenate((example.boxes[keep, :1], after[keep]), 1).astype(np.float32)
 
     def __call__(self, example: Example, rng: np.random.Generator, size_hw: tuple[int, int] | None = None) -> Example:
         """A random warp of the example into an image of `size_hw`, by default its own."""
@@ -248,12 +253,22 @@ class HSV:
         return 1 + rng.uniform(-1, 1, 3) * parts if np.any(parts) else None
 
     @staticmethod
-    def apply(example: Example, factors: Floats) -> Example:
-        """The example in other colours; hue (0..179 in OpenCV) goes round, the others stop at their ends."""
+    def table(factors: Floats) -> Image:
+        """What each value `(256, 3)` of hue, saturation and value becomes.
+
+        Hue (0..179 in OpenCV) goes round, the others stop at their ends.
+        """
         levels = np.arange(256)[:, None] * factors
         levels[:, 0] %= 180
-        table = np.clip(levels, 0, 255).astype(np.uint8).reshape(1, 256, 3)
-        hsv = cv2.LUT(cv2.cvtColor(example.image, cv2.COLOR_BGR2HSV), table)
+        return np.clip(levels, 0, 255).astype(np.uint8)
+
+    @classmethod
+    def apply(cls, example: Example, factors: Floats) -> Example:
+        """The example in other colours."""
+        tables = np.ascontiguousarray(cls.table(factors).T)
+        planes = cv2.split(cv2.cvtColor(example.image, cv2.COLOR_BGR2HSV))
+        # plane by plane, OpenCV's table takes four fifths of the time that it takes for all three at once
+        hsv = cv2.merge([cv2.LUT(plane, table) for plane, table in zip(planes, tables)])
         return dataclasses.replace(example, image=_as_image(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)))
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
@@ -273,12 +288,20 @@ class Flip:
         up, left = rng.random(2) < (self.flipud, self.fliplr)
         return bool(up), bool(left)
 
-    @staticmethod
-    def apply(example: Example, up_left: tuple[bool, bool]) -> Example:
+    @classmethod
+    def apply(cls, example: Example, up_left: tuple[bool, bool]) -> Example:
         """The example mirrored along the chosen axes."""
         up, left = up_left
         if not (up or left):
             return example
+        return Example(
+            _as_image(cv2.flip(example.image, -1 if up and left else int(left))), *cls.labels(example, up_left)
+        )
+
+    @staticmethod
+    def labels(example: Example, up_left: tuple[bool, bool]) -> tuple[Floats, tuple[Floats, ...]]:
+        """The mirrored boxes and outlines; the example's pixels are not looked at."""
+        up, left = up_left
         height, width = example.shape_hw
         boxes = example.boxes.copy()
         sign, offset = np.ones(2, np.float32), np.zeros(2, np.float32)
@@ -288,8 +311,7 @@ class Flip:
         if up:
             boxes[:, [2, 4]] = height - boxes[:, [4, 2]]
             sign[1], offset[1] = -1, height
-        image = _as_image(cv2.flip(example.image, -1 if up and left else int(left)))
-        return Example(image, boxes, tuple(polygon * sign + offset for polygon in example.segments))
+        return boxes, tuple(polygon * sign + offset for polygon in example.segments)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         return self.apply(example, self.sample(rng))
@@ -318,24 +340,40 @@ class Mosaic:
         indices = np.append(rng.integers(0, num_images, 3), index)
         return Layout((int(x), int(y)), tuple(rng.permutation(indices).tolist()))
 
-    @staticmethod
-    def apply(examples: Sequence[Example], centre_xy: tuple[int, int], size: int) -> Example:
+    @classmethod
+    def apply(cls, examples: Sequence[Example], centre_xy: tuple[int, int], size: int) -> Example:
         """The four examples on a grey canvas `(2 * size, 2 * size)`, inner corners at the centre, cut at its edges."""
         side = 2 * size
         canvas = np.full((side, side, 3), FILL, np.uint8)
-        boxes, segments = [], []
-        for place, example in enumerate(examples):
+        for example, (x, y) in zip(examples, cls.corners(examples, centre_xy), strict=True):
             height, width = example.shape_hw
-            x = centre_xy[0] - (0 if place % 2 else width)
-            y = centre_xy[1] - (0 if place >= 2 else height)
             left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, side), min(y + height, side)
             canvas[top:bottom, left:right] = example.image[top - y : bottom - y, left - x : right - x]
-            boxes.append(example.boxes + np.array((0, x, y, x, y), np.float32))
-            segments += [np.clip(polygon + np.array((x, y), np.float32), 0, side) for polygon in example.segments]
+        return Example(canvas, *cls.labels(examples, centre_xy, size))
+
+    @staticmethod
+    def corners(examples: Sequence[Example], centre_xy: tuple[int, int]) -> list[tuple[int, int]]:
+        """Where the top left pixel of each of the four comes to lie on the canvas, maybe outside of it."""
+        x, y = centre_xy
+        return [
+            (x - (0 if place % 2 else example.shape_hw[1]), y - (0 if place >= 2 else example.shape_hw[0]))
+            for place, example in enumerate(examples)
+        ]
+
+    @classmethod
+    def labels(
+        cls, examples: Sequence[Example], centre_xy: tuple[int, int], size: int
+    ) -> tuple[Floats, tuple[Floats, ...]]:
+        """The boxes and outlines of the four on the canvas; their pixels are not looked at."""
+        side = 2 * size
+        boxes, segments = [], []
+        for example, corner_xy in zip(examples, cls.corners(examples, centre_xy), strict=True):
+            boxes.append(example.boxes + np.array((0, *corner_xy, *corner_xy), np.float32))
+            segments += [np.clip(polygon + np.array(corner_xy, np.float32), 0, side) for polygon in example.segments]
         rows = np.concatenate(boxes)
         rows[:, 1:] = np.clip(rows[:, 1:], 0, side)
         # outlines help only if every box has one
-        return Example(canvas, rows, tuple(segments) if len(segments) == len(rows) else ())
+        return rows, tuple(segments) if len(segments) == len(rows) else ()
 
 
 @dataclass(frozen=True)

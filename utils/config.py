@@ -417,10 +417,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def check_minimum(options: argparse.Namespace, **minimum: int) -> None:
-    """Refuse options below their smallest sensible value: `check_minimum(options, epochs=1)`."""
+    """Refuse options below their smallest sensible value, None apart: `check_minimum(options, epochs=1)`."""
     for name, least in minimum.items():
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more.")
 
 

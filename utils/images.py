@@ -30,10 +30,12 @@ from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
 from utils.progress import Bar
 from utils.runtime import LOGGER
+from utils.samples import Paths
 
 Image = npt.NDArray[np.uint8]
-Cache = Literal["ram", "disk"]
+Cache = Literal["auto", "ram", "disk"]
 CACHE_MARGIN = 1.1  # times the cached images' size must be free, so that the rest of the run still fits
+SMALL_SHARE = 0.1  # of the available memory, which images may take unasked
 NPY_HEADER = 128  # bytes
 MIN_SIDE = 10  # pixels; smaller images are taken for damaged ones
 MAX_PIXELS = 100_000_000  # decoding takes up to 9 bytes of memory a pixel, the file among them
@@ -235,10 +237,15 @@ def _decoded_by_pillow(path: str | Path, opened: PillowImage.Image, max_pixels: 
 
 def resized_hw(shape_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
     """Height and width with the longer side `imgsz`, the other rounded up."""
-    scale = imgsz / max(shape_hw)
-    # the tiny offset keeps e.g. 333 * (640 / 333) from being rounded up to 641
-    height, width = (max(math.ceil(side * scale - 1e-9), 1) for side in shape_hw)
+    height, width = _resized_shapes(np.array((shape_hw,)), imgsz)[0].tolist()
     return height, width
+
+
+def _resized_shapes(shapes_hw: npt.NDArray[np.int64], imgsz: int) -> npt.NDArray[np.int64]:
+    """`resized_hw` of `(n, 2)` at once."""
+    scale = imgsz / shapes_hw.max(1, keepdims=True)
+    # the tiny offset keeps e.g. 333 * (640 / 333) from being rounded up to 641
+    return np.maximum(np.ceil(shapes_hw * scale - 1e-9), 1).astype(np.int64)
 
 
 class ImageStore:
@@ -246,14 +253,15 @@ class ImageStore:
 
     `shapes_hw` are the files' heights and widths; `smooth` averages where an image shrinks (OpenCV's area mode) instead
     of interpolating. With `cache="ram"` the pixels of all images lie in one block that forked workers share;
-    `processes` is how many hold such a block on this machine. With `"disk"` they are files in the user's cache folder.
+    `processes` is how many hold such a block on this machine. `"auto"` is the same where the blocks fit SMALL_SHARE of
+    the available memory, and no cache elsewhere. With `"disk"` they are files in the user's cache folder.
     An image that cannot be decoded is cached by neither, and `load` raises what is wrong with it.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
-        shapes_hw: Sequence[tuple[int, int]],
+        paths: Paths | Sequence[str],
+        shapes_hw: npt.ArrayLike,
         imgsz: int,
         *,
         smooth: bool,
@@ -264,15 +272,14 @@ class ImageStore:
     ) -> None:
         self.imgsz, self.smooth, self.processes, self.prefix = imgsz, smooth, processes, prefix
         self.max_pixels = max_pixels
-        # arrays, not lists: workers that merely look at an object of a list copy its page
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = paths if isinstance(paths, Paths) else Paths(paths)
         self.shapes_hw = np.array(shapes_hw, np.int64).reshape(-1, 2)
-        sizes = [math.prod(resized_hw((h, w), imgsz)) * 3 for h, w in self.shapes_hw.tolist()]
-        self._starts = np.cumsum([0, *sizes])
+        sizes = _resized_shapes(self.shapes_hw, imgsz).prod(1) * 3
+        self._starts = np.concatenate(([0], np.cumsum(sizes)))
         self._arena: Image | None = None
         self._broken: dict[int, str] = {}  # of the images in memory
         self._folder: Path | None = None
-        if cache == "ram":
+        if cache == "ram" or (cache == "auto" and self._is_small()):
             self._fill_memory()
         elif cache == "disk":
             self._fill_disk()
@@ -282,7 +289,7 @@ class ImageStore:
         return self._arena is not None
 
     def path(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
+        return self._paths[index]
 
     def load(self, index: int) -> Image:
         """Image `index` resized; read-only where it comes from memory.
@@ -326,8 +333,19 @@ class ImageStore:
         how = cv2.INTER_AREA if shrinks and self.smooth else cv2.INTER_LINEAR
         return np.asarray(cv2.resize(image, (new_w, new_h), interpolation=how), np.uint8)
 
+    def _is_small(self) -> bool:
+        """Whether the images may be kept in memory unasked; logged where they are, with the way to switch it off."""
+        needed, free = int(self._starts[-1]) * self.processes, available_memory()
+        small = free is not None and needed <= SMALL_SHARE * free
+        if small:
+            LOGGER.info(
+                f"{self.prefix}keeping the {len(self._paths)} decoded images in memory ({needed / 1e6:,.0f} MB, at "
+                f"most {SMALL_SHARE:.0%} of what is free); --cache none decodes them every time."
+            )
+        return small
+
     def _fill_memory(self) -> None:
-        needed, free = int(self._starts[-1]) * self.processes, _available_memory()
+        needed, free = int(self._starts[-1]) * self.processes, available_memory()
         if free is not None and needed * CACHE_MARGIN > free:
             LOGGER.warning(
                 f"{self.prefix}images need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are available: "
@@ -402,18 +420,43 @@ class ImageStore:
                 pool.shutdown(cancel_futures=True)  # a broken image ends it now, not after all others
 
 
-def _available_memory() -> int | None:
-    """Bytes that can be taken without swapping, by the system and the container's limit; None where nobody tells."""
-    limits = []
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, by the system and the containers' limits; None where nobody tells."""
+    limits = _free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits.append(int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit reads "max", which is no number
-        group = Path("/sys/fs/cgroup")
-        free = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limits.append(free + int(usage["inactive_file"]))  # cached file contents are given up when memory is wanted
     return min(limits, default=None)
+
+
+def _free_in_groups(own: Path, root: Path) -> list[int]:
+    """What each control group (version 1 or 2) that limits this process's memory has left: its own and those above.
+
+    `own` names the groups by their paths below `root`; inside a container the paths may be those outside of it, and
+    `root` itself is then the process's group.
+    """
+    try:
+        groups = [line.split(":", 2)[1:] for line in own.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    left = []
+    for controllers, path in groups:
+        if not controllers:
+            top, limit, used, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no limit reads "max", which is no number
+                free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(free + int(usage[cached]))  # cached file contents are given up when memory is wanted
+            if folder == top:
+                break
+    return left
 
 
 def num_cpus() -> int:

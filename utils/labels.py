@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,11 @@ from utils.config import UserError, display_path
 from utils.data import DatasetSpec
 from utils.distributed import rank
 from utils.files import remove_leftovers, replacing, user_cache_dir
-from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape
+from utils.forks import in_processes, may_fork
+from utils.images import MAX_PIXELS, MIN_SIDE, UNREADABLE_ARRAY, image_shape, num_cpus
 from utils.progress import Bar
 from utils.runtime import LOGGER
+from utils.samples import Floats, Paths, Ragged, Samples
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
 TOLERANCE = 1e-3  # coordinates this far outside 0..1 are rounding of the labelling tool, and are clipped
@@ -40,28 +42,19 @@ CACHE_VERSION = 2  # raised when a scan's result changes for the same files
 CACHE_SUFFIX = ".labels.npz"  # not upstream's `.cache`, which holds pickles
 CACHE_BYTES_PER_IMAGE = 200_000  # as if every image had 5,000 boxes, or 20,000 points of polygons
 MESSAGES_SHOWN = 20
+CHUNK = 1000  # images that are scanned at a time
+MANY = 10_000  # images from which on a scan is worth processes; threads share one interpreter
 MAX_UNUSABLE = 0.1  # of the images of a split, unless --skip-bad
 MAX_LOOKED_AT = 10_000  # label files that are read again to find out what is wrong with so many
 
-Floats = npt.NDArray[np.float32]
 FOUND, EMPTY, MISSING, CORRUPT = range(4)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One usable image."""
-
-    path: str  # absolute
-    labels: Floats  # (n, 5) [class, cx, cy, w, h] in 0..1
-    segments: tuple[Floats, ...]  # empty, or a polygon (k, 2) in 0..1 per label; a box row's is its four corners
-    shape_hw: tuple[int, int]  # pixels, upright by EXIF
 
 
 @dataclass(frozen=True)
 class Scan:
     """All usable images, and how many label files were found (empty ones included), missing, empty; images corrupt."""
 
-    samples: list[Sample]
+    samples: Samples
     found: int
     missing: int
     empty: int
@@ -92,6 +85,11 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: a source that does not exist, or is none of the three.
     """
+    return [Path(file) for file in _image_names(sources)]
+
+
+def _image_names(sources: Sequence[Path]) -> list[str]:
+    """What `image_files` gives, as text: a million Path objects would take half a gigabyte."""
     files: list[str] = []
     for source in map(Path, sources):
         if os.path.isdir(source):  # unlike Path.is_dir, false for a name no file can have
@@ -104,7 +102,8 @@ def image_files(sources: Sequence[Path]) -> list[Path]:
             files += _images_listed(source)
         else:
             raise UserError(f"{display_path(source)}: expected a folder, a .txt list of images or an image.")
-    return [Path(file) for file in sorted(files)]
+    files.sort()
+    return files
 
 
 def _is_image(name: str) -> bool:
@@ -150,6 +149,13 @@ def label_path(image: str | Path) -> Path:
     return Path(*parts)
 
 
+def _label_name(image: str) -> str:
+    """`label_path` of an image that was found: of an absolute path without `..`, in a tenth of the time."""
+    images, name = f"{os.sep}images{os.sep}", f"{os.path.splitext(image)[0]}.txt"
+    cut = image.rfind(images)
+    return name if cut < 0 else f"{name[:cut]}{os.sep}labels{os.sep}{name[cut + len(images) :]}"
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -172,6 +178,9 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
         return ParsedLabels()
     except (OSError, ValueError) as error:
         return ParsedLabels(errors=(f"{display_path(path)}: cannot be read as labels ({error}).",))
+    labels = _flawless_boxes(text, num_classes)
+    if labels is not None:
+        return ParsedLabels(labels)
     numbers: list[int] = []
     boxes, polygons, errors, is_outlined = [], [], [], False
     for number, tokens in enumerate(map(str.split, _lines(text)), 1):
@@ -197,6 +206,26 @@ def parse_label_file(path: str | Path, num_classes: int | None, *, names_file: s
     keep, notes = _worth_keeping(labels, numbers, path)
     segments = tuple(np.array(polygons[i], dtype=np.float32) for i in keep) if is_outlined else ()
     return ParsedLabels(labels[keep], segments, notes=notes)
+
+
+def _flawless_boxes(text: str, num_classes: int | None) -> Floats | None:
+    """The labels of a file in which every row is a box and nothing is to be said, clipped or left out; else None."""
+    if "_" in text or not text.isascii():
+        return None
+    rows = [row for row in map(str.split, _lines(text)) if row]
+    if not rows or len(rows) > MAX_LABELS or any(len(row) != 5 for row in rows):
+        return None
+    try:
+        values = np.array([float(token) for row in rows for token in row]).reshape(-1, 5)
+    except ValueError:
+        return None
+    classes, limit = values[:, 0], MAX_CLASS if num_classes is None else min(num_classes, MAX_CLASS)
+    if np.signbit(values).any() or not (values[:, 1:] <= 1).all() or not (classes < limit).all():  # nan is not <= 1
+        return None
+    labels = values.astype(np.float32)
+    whole, has_area = (classes == np.floor(classes)).all(), (labels[:, 3:] > 0).all()
+    repeated = len({row.tobytes() for row in labels}) < len(labels)
+    return labels if whole and has_area and not repeated else None
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -285,16 +314,22 @@ def scan(
     Raises:
         UserError: a source that does not exist.
     """
-    files = [str(file) for file in image_files(sources)]
+    files = _image_names(sources)
     num_classes = None if single_cls or spec is None else spec.num_classes
     names_file = "the dataset" if spec is None else display_path(spec.path)
     title = f"{prefix}Scanning {', '.join(map(display_path, sources))}"
     places, key = _cache_places(sources), _cache_key(files, num_classes, names_file, max_pixels)
     table = _Table.read(places, key, len(files), num_classes or MAX_CLASS)
     if table is None:
-        with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
-            work = pool.map(lambda file: _examine(file, num_classes, names_file, max_pixels), files)
-            table = _Table.build(Bar(work, title, total=len(files), show=rank() <= 0))
+        examine = partial(_examine, num_classes=num_classes, names_file=names_file, max_pixels=max_pixels)
+        parts = []
+        bar = Bar((), title, total=len(files), show=rank() <= 0)
+        with bar, contextlib.closing(_tables(files, examine, min(workers, num_cpus()))) as tables:
+            for part in tables:
+                parts.append(part)
+                bar.update(len(part.status))
+        table = _Table.joined(parts)
+        del parts
         table.write(places, key)
     found, empty, missing, corrupt = np.bincount(table.status, minlength=4).tolist()
     messages = table.messages.tolist()
@@ -331,9 +366,9 @@ def _gist(message: str) -> str:
 
 def _likely_cause(found: Scan, num_classes: int) -> str:
     """What explains the class numbers of the unusable images, as a sentence; empty where they are all right."""
-    used = {int(label) for sample in found.samples for label in np.unique(sample.labels[:, 0])}
+    used = set(np.unique(found.samples.labels.flat[:, 0]).astype(int).tolist())
     for file in found.unusable[:MAX_LOOKED_AT]:
-        used |= {int(label) for label in parse_label_file(label_path(file), None).labels[:, 0]}
+        used |= {int(label) for label in parse_label_file(_label_name(file), None).labels[:, 0]}
     largest = max(used, default=0)
     if largest < num_classes:
         return ""
@@ -352,7 +387,7 @@ class _Examined(NamedTuple):
 
 def _examine(file: str, num_classes: int | None, names_file: str, max_pixels: int) -> _Examined:
     """What is known of one image and its label file after reading both."""
-    place = label_path(file)
+    place = _label_name(file)
     labels = parse_label_file(place, num_classes, names_file=names_file)
     errors = list(labels.errors)
     try:
@@ -361,8 +396,23 @@ def _examine(file: str, num_classes: int | None, names_file: str, max_pixels: in
         errors, shape_hw = [str(error)], (0, 0)
     if errors:
         return _Examined(CORRUPT, ParsedLabels(), messages=tuple(f"{error} Image left out." for error in errors))
-    status = FOUND if len(labels.labels) else EMPTY if place.exists() else MISSING
+    status = FOUND if len(labels.labels) else EMPTY if os.path.exists(place) else MISSING
     return _Examined(status, labels, shape_hw, labels.notes)
+
+
+def _tables(files: Sequence[str], examine: Callable[[str], _Examined], workers: int) -> Generator[_Table, None, None]:
+    """What is known of all images, in their order, a chunk at a time."""
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+
+    def read(chunk: Sequence[str]) -> _Table:
+        return _Table.build([examine(file) for file in chunk])
+
+    if workers > 1 and len(files) >= MANY and may_fork():
+        yield from in_processes(read, chunks, workers)
+        return
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for chunk in chunks:
+            yield _Table.build(list(pool.map(examine, chunk)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -385,8 +435,7 @@ class _Table:
     messages: npt.NDArray[np.str_]
 
     @classmethod
-    def build(cls, results: Iterable[_Examined]) -> _Table:
-        examined = list(results)
+    def build(cls, examined: Sequence[_Examined]) -> _Table:
         parsed = [result.labels for result in examined]
         segments = [segment for labels in parsed for segment in labels.segments]
         return cls(
@@ -400,18 +449,26 @@ class _Table:
             messages=np.array([message for result in examined for message in result.messages], dtype=np.str_),
         )
 
-    def samples(self, files: Sequence[str], single_cls: bool) -> list[Sample]:
-        """The usable images. Their arrays share the table's memory."""
-        labels = self.labels.copy()
-        labels[:, 0] = 0 if single_cls else labels[:, 0]
-        per_image = np.split(labels, np.cumsum(self.label_counts))
-        segments = iter(np.split(self.points, np.cumsum(self.point_counts)))
-        own = [tuple(itertools.islice(segments, count)) for count in self.segment_counts.tolist()]
-        return [
-            Sample(file, per_image[index], own[index], (height, width))
-            for index, (file, (height, width)) in enumerate(zip(files, self.shapes_hw.tolist()))
-            if self.status[index] != CORRUPT
-        ]
+    @classmethod
+    def joined(cls, tables: Sequence[_Table]) -> _Table:
+        """The tables one behind the other."""
+        parts = [cls.build(()), *tables]
+        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
+
+    def samples(self, files: Sequence[str], single_cls: bool) -> Samples:
+        """The usable images; one that is not has neither labels nor segments. They share the table's memory."""
+        usable = self.status != CORRUPT
+        labels = self.labels
+        if single_cls:
+            labels = labels.copy()
+            labels[:, 0] = 0
+        return Samples(
+            Paths(file for file, use in zip(files, usable.tolist()) if use),
+            Ragged(labels, self.label_counts[usable]),
+            Ragged(self.points, self.point_counts),
+            np.concatenate(([0], np.cumsum(self.segment_counts[usable], dtype=np.int64))),
+            self.shapes_hw[usable].astype(np.int64),
+        )
 
     @classmethod
     def read(cls, places: Sequence[Path], key: str, num_images: int, num_classes: int) -> _Table | None:
@@ -450,6 +507,8 @@ class _Table:
         return bool(
             np.isin(self.status, (FOUND, EMPTY, MISSING, CORRUPT)).all()
             and (self.shapes_hw[usable] >= MIN_SIDE).all()
+            and not self.label_counts[~usable].any()  # else the labels of those after it would not be theirs
+            and not self.segment_counts[~usable].any()
             and _adds_up(self.label_counts, len(self.labels))
             and _adds_up(self.segment_counts, len(self.point_counts))
             and _adds_up(self.point_counts, len(self.points))
@@ -504,7 +563,7 @@ def _cache_key(files: Sequence[str], num_classes: int | None, names_file: str, m
         f"{CACHE_VERSION} {num_classes} {max_pixels} {names_file}\0".encode("utf-8", "surrogateescape")
     )
     for file in files:
-        for path in (file, str(label_path(file))):
+        for path in (file, _label_name(file)):
             digest.update(path.encode("utf-8", "surrogateescape") + b"\0")
             with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in a line of a list
                 state = os.stat(path)

@@ -6,8 +6,8 @@ import argparse
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from utils.augmentations import TRANSFORMS
 from utils.autoanchor import AnchorHyp, judge_anchors, write_anchors
 from utils.config import UserError, owned
 from utils.data import DatasetSpec
-from utils.dataloaders import ImageDataset, Loader, LoaderOptions, build_loader, build_validation_loader
+from utils.dataloaders import (
+    ImageDataset,
+    Loader,
+    LoaderOptions,
+    build_loader,
+    build_validation_loader,
+    wanted_workers,
+)
+from utils.device_cache import DeviceLoader
 from utils.distributed import is_main, rank, world_size
 from utils.engine import Trainer, TrainOptions, autocast_dtype
+from utils.images import Cache
 from utils.loss import LossHyp, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, OptimHyp, Schedule, build_optimizer
 from utils.runtime import LOGGER
@@ -49,21 +58,22 @@ def freeze_(layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[nn.Modul
 
 
 def build_loaders(
-    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int
-) -> tuple[Loader, ImageDataset, Loader | None]:
+    spec: DatasetSpec, options: argparse.Namespace, hyp: Mapping[str, float], stride: int, device: torch.device
+) -> tuple[Loader | DeviceLoader, ImageDataset, Loader | None]:
     """The training loader, the dataset behind it, and on the main process the validation loader.
 
-    Validation has twice the batch: without gradients it needs less memory.
+    Validation has twice the batch: without gradients it needs less memory. With `--cache device` the training images
+    are kept and made into batches on `device`.
     """
     common: dict[str, Any] = dict(
         imgsz=options.imgsz,
         stride=stride,
         single_cls=options.single_cls,
-        workers=options.workers,
+        workers=wanted_workers(options.workers, device.type),
         max_pixels=options.max_megapixels * 1_000_000,
         skip_bad=options.skip_bad,
     )
-    cache: Literal["ram", "disk"] | None = options.cache if options.cache in ("ram", "disk") else None
+    cache: Cache | None = options.cache if options.cache in ("ram", "disk") else None
     per_process = options.batch_size // world_size()
     train_options = LoaderOptions(
         **common,
@@ -71,17 +81,21 @@ def build_loaders(
         rect=options.rect,
         augment=True,
         hyp=hyp,
-        cache=cache,
+        # a mosaic reads every image four times an epoch, validation once: the memory is better left free
+        cache="auto" if options.cache is None else cache,
         seed=options.seed,
         shuffle=not options.rect,
         rank=max(rank(), 0),
         world_size=world_size(),
         prefix="train: ",
     )
+    loader: Loader | DeviceLoader
     loader, dataset = build_loader(spec, spec.split("train"), train_options)
+    if options.cache == "device":
+        loader = DeviceLoader(dataset, train_options, device)
     if not is_main():
         return loader, dataset, None
-    val_cache: Literal["ram", "disk"] | None = "ram" if options.cache == "val" else cache
+    val_cache: Cache | None = "ram" if options.cache == "val" else cache
     return loader, dataset, build_validation_loader(spec, "val", **common, batch_size=2 * per_process, cache=val_cache)
 
 
@@ -101,7 +115,7 @@ def fit_anchors_(
 
 def build_trainer(
     model: Any,
-    loader: Loader,
+    loader: Sized,
     options: argparse.Namespace,
     hyp: Mapping[str, float],
     frozen: Sequence[nn.Module] = (),
