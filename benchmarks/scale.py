@@ -33,7 +33,7 @@ IMGSZ, BATCH = 64, 16
 
 def main() -> None:
     """Print a table with a row for each size."""
-    from utils.config import ArgumentParser, check_minimum
+    from utils.config import ArgumentParser, UserError, check_minimum
 
     parser = ArgumentParser(prog="benchmarks/scale.py", description="What starting costs as a dataset grows.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000], help="numbers of images")
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--start", help=argparse.SUPPRESS)  # measure one start on this dataset and say so there
     options = parser.parse_args()
     check_minimum(options, batches=EARLY + 1, workers=1)
+    if min(options.sizes) < BATCH * (EARLY + 1):
+        raise UserError(f"--sizes {min(options.sizes)}: expected {BATCH * (EARLY + 1)} or more.")
     if options.start:
         (Path(options.start) / "result.json").write_text(json.dumps(_start(options)))
         return
@@ -103,10 +105,11 @@ def _start(options: argparse.Namespace) -> dict[str, Any]:
     batches, copied = iter(loader), []
     next(batches)
     result: dict[str, Any] = {"seconds": time.perf_counter() - begun, "cpu": _cpu_seconds() - used}
+    last = min(options.batches, len(loader))
     for number, _ in enumerate(batches, 2):
-        if number in (EARLY, options.batches):
+        if number in (EARLY, last):
             copied.append(_copied_mb())
-        if number == options.batches:
+        if number == last:
             break
     loader.close()
     return {**result, "copied": (copied[0], copied[-1])}

@@ -52,8 +52,8 @@ def test_a_benchmark_prints_its_table() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
 def test_the_scale_benchmark_prints_a_row_for_each_size() -> None:
-    command = [sys.executable, "benchmarks/scale.py", "--sizes", "300", "700", "--batches", "22"]
+    command = [sys.executable, "benchmarks/scale.py", "--sizes", "400", "700", "--batches", "30"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| images", "| 300", "| 700"] and all(len(row) == 8 for row in rows)
+    assert [row[0] for row in rows] == ["| images", "| 400", "| 700"] and all(len(row) == 8 for row in rows)
