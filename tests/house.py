@@ -39,6 +39,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "model": (
         "models.grammar",
         "models.pasted",
+        "models.inside",
         "models.graph",
         "models.measure",
         "models.base",
