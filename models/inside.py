@@ -91,6 +91,9 @@ def stated(gate: str, block: type[nn.Module], args: list[Any], where: str) -> tu
     Raises:
         UserError: the place is none of the block's.
     """
+    early = next((arg for arg in args[:-1] if isinstance(arg, Mapping)), None)
+    if early is not None:
+        raise UserError(f"{where}: {early!r} stands before the end of its arguments. Write it last.")
     mapping = dict(args[-1]) if args and isinstance(args[-1], Mapping) else {}
     place = mapping.pop(WORD, places(block)[0])
     check_place(block, place, where)
