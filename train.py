@@ -162,6 +162,7 @@ class Training:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None
         self.model = self._build_model()
         frozen = freeze_(self.model.model, options.freeze)
+        self.new_gates = self._new_gates()
         stride = max(int(self.model.stride.max()), 32)
         self._fix_sizes(stride)
         if self.main:
@@ -171,7 +172,6 @@ class Training:
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
-        self.new_gates = self._new_gates()
         faster = [gate for row in self.new_gates for gate in self.model.gates()[row]]
         self.trainer: Trainer = build_trainer(
             self.model, self.loader, options, self.hyp, frozen, faster, options.gate_lr
