@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_train import HYP, quick
 
 import train
 from models import graph
-from models.checkpoints.files import load_model, read
+from models.checkpoints.files import load_model, read, save
 from models.gates.insert import insert, parse
 from models.gates.start import gates_in
+from models.gates.transfer import start_network
 from tests.conftest import TinyDataset
 from utils.config import ROOT, UserError, options_from
 
@@ -124,6 +126,7 @@ def rates_of(run: Path) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows]
 
 
+@pytest.mark.slow
 def test_gates_in_every_bottleneck_train_at_their_own_rate(
     tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
 ) -> None:
@@ -147,9 +150,11 @@ def test_gates_in_every_bottleneck_train_at_their_own_rate(
 
 
 def test_the_gates_that_learn_faster_are_the_new_ones(tiny_dataset: TinyDataset, tmp_path: Path) -> None:
-    first = quick(tmp_path, tiny_dataset, weights=SHAPES, cfg="yolov5n.yaml", insert=["SE@after:SPPF"], epochs=1)
+    first, _ = start_network(yaml.safe_load(insert("yolov5n.yaml", [parse("SE@after:SPPF")])), Path(SHAPES), None)
+    content = {"model": first.state_dict(), "yaml": first.yaml, "names": first.names, "stride": first.stride}
+    weights = save(tmp_path / "first.pt", content)
     given = {"data": str(tiny_dataset.yaml), "imgsz": 64, "noplots": True, "workers": 0, "gate_lr": 5.0}
-    given |= {"weights": str(first.best), "cfg": "yolov5n.yaml", "insert": ["SE@after:SPPF", "ECA@inside:C3:1"]}
+    given |= {"weights": str(weights), "cfg": "yolov5n.yaml", "insert": ["SE@after:SPPF", "ECA@inside:C3:1"]}
     parts = train.Training(
         options_from(train.build_parser(), {**given, "project": str(tmp_path / "x")}), torch.device("cpu"), None
     )
