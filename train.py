@@ -60,9 +60,10 @@ def build_parser() -> ArgumentParser:
     add("--epochs", type=int, default=100, help="total epochs")
     add("--batch-size", type=int, default=16, help="images per batch over all devices; -1 fills the GPU")
     add("--imgsz", "--img", "--img-size", type=int, default=640, help="train and val image size in pixels")
-    add("--insert", nargs="+", default=[], help="put gates into --cfg: SE@after:SPPF, SE:16@before:C3:2, ECA@at:10")
+    add("--insert", nargs="+", default=[], help="put gates into --cfg: SE@after:SPPF, SE:16@before:C3:2, SE@inside:C3")
     add("--transfer", default="aligned", choices=("aligned", "index", "none"), help="how --weights are copied")
     add("--gate", choices=("absorbed", "gain", "random"), help="how gates that --weights do not have start")
+    add("--gate-lr", type=float, default=1.0, help="learning rate of gates that --weights do not have, as a factor")
     add("--min-transfer", type=float, default=0.0, help="fail where fewer %% of the parameters come from --weights")
     add("--rect", action="store_true", help="rectangular batches, sorted by aspect ratio")
     add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or the given last.pt")
@@ -168,6 +169,7 @@ class Training:
         self.scratch: tempfile.TemporaryDirectory[str] | None = None
         self.model = self._build_model()
         frozen = freeze_(self.model.model, options.freeze)
+        self.new_gates = self._new_gates()
         stride = max(int(self.model.stride.max()), 32)
         self._fix_sizes(stride)
         if self.main:
@@ -177,7 +179,10 @@ class Training:
         if not options.noautoanchor and resumed is None:
             keep = self.report is not None and self.report.head and not options.autoanchor
             fit_anchors_(self.model.head, self.dataset, options, self.hyp, keep=keep)
-        self.trainer: Trainer = build_trainer(self.model, self.loader, options, self.hyp, frozen)
+        faster = [gate for row in self.new_gates for gate in self.model.gates()[row]]
+        self.trainer: Trainer = build_trainer(
+            self.model, self.loader, options, self.hyp, frozen, faster, options.gate_lr
+        )
         LOGGER.info(describe(self.trainer.optimizer))
         self.stopping: EarlyStopping = EarlyStopping(options.patience)
         self.log, self.finished = EpochLog(LOGGER.info), False
@@ -245,7 +250,7 @@ class Training:
                 stop = self.stopping.stop
                 table = [TABLE_HEADER, *table_rows(result, self.names, per_class=False)]
             self.log.finished(self.trainer.row, summary[:4] if judged else (), table)
-            rates = [group["lr"] for group in self.trainer.optimizer.param_groups]
+            rates = [group["lr"] for group in self.trainer.optimizer.param_groups[:3]]  # results.csv has three
             self.recorder.log(epoch, [*losses, *summary, *rates])
             if last or stop or not options.nosave:
                 self._save(epoch, improved=improved)
@@ -286,6 +291,7 @@ class Training:
             "stride": self.model.stride.tolist(),
             "opt": self._plain_options(),
             "hyp": dict(self.hyp),
+            "new_gates": self.new_gates,
             **training_state(self.trainer, self.model, self.stopping),
         }
         period = self.options.save_period
@@ -378,6 +384,20 @@ class Training:
         elif options.sync_bn:
             LOGGER.warning("--sync-bn needs several CUDA devices, one process each (torchrun): ignored.")
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def _new_gates(self) -> list[int]:
+        """The rows with gates that did not come from --weights, which --gate-lr is for."""
+        found: dict[int, list[nn.Module]] = self.model.gates()
+        if self.resumed is not None and self.resumed.training is not None:
+            return list(self.resumed.training.get("new_gates", []))
+        rows = [row for row in found if self.report is None or row in self.report.gates]
+        trained = any(p.requires_grad for row in rows for gate in found[row] for p in gate.parameters())
+        if self.options.gate_lr != 1 and not trained:
+            raise UserError(
+                f"--gate-lr {self.options.gate_lr:g}: the network has no gate to train that is new. Put one in with"
+                " --insert, or leave out --gate-lr."
+            )
+        return rows
 
     def _inserted(self) -> Path:
         """The YAML of --cfg with the gates of --insert: in a temporary folder, then beside the run's options."""
@@ -553,6 +573,8 @@ def check(options: argparse.Namespace) -> None:
     if options.autoanchor and options.noautoanchor:
         raise UserError("--autoanchor and --noautoanchor contradict each other. Give one of them.")
     check_minimum(options, epochs=1, imgsz=1, workers=0, patience=0, max_megapixels=1)
+    if not 0 < options.gate_lr <= 1000:
+        raise UserError(f"--gate-lr {options.gate_lr:g}: expected a factor above 0, at most 1000; 1 is the usual rate.")
     if options.batch_size < 1 and options.batch_size != -1:
         raise UserError(f"--batch-size {options.batch_size}: expected 1 or more, or -1 to fill the GPU.")
     if not 0 <= options.label_smoothing < 1:

@@ -58,6 +58,28 @@ class ScaledLayer(nn.Module):
     wiring: tuple[str, ...] = ("conv",)
 
 
+class Gated(ScaledLayer):
+    """A block with room for a gate inside, on what its first path makes before that is added to or joined with another.
+
+    A row such as `[-1, 3, C3SE, [256]]` puts the gate there (models/inside.py), after the block is built: the block's
+    keys and first weights are those of C3. `gate_places` are the words for the places that a block has. The last one is
+    its own `gate`, the others are those of its parts, and the first is meant where a row names none.
+    """
+
+    gate_places: tuple[str, ...] = ()
+
+    def __init__(self, gate_channels: int) -> None:
+        super().__init__()
+        self.gate: nn.Module | None = None
+        self.gate_channels = gate_channels  # of the map that a gate here would be given
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the attributes of a pickled block; YOLOv5's have no such room."""
+        super().__setstate__(state)
+        if "gate" not in self._modules:
+            self.__dict__.setdefault("gate", None)
+
+
 class Conv(ScaledLayer):
     """Convolution without bias, batch norm, activation; after `fuse_` one convolution with bias, activation.
 
@@ -128,13 +150,17 @@ class DWConvTranspose2d(nn.ConvTranspose2d):
         super().__init__(c1, c2, k, s, p1, p2, groups=math.gcd(c1, c2))
 
 
-class Bottleneck(ScaledLayer):
-    """1x1 to `e` times the channels, 3x3 back; adds its input where `shortcut` is asked and the channels agree."""
+class Bottleneck(Gated):
+    """1x1 to `e` times the channels, 3x3 back; adds its input where `shortcut` is asked and the channels agree.
+
+    A gate inside stands before the addition: SE paper, https://arxiv.org/abs/1709.01507, figure 3.
+    """
 
     reads = ("cv1",)
+    gate_places = ("Bottleneck",)
 
     def __init__(self, c1: int, c2: int, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(c2)
         c_ = int(c2 * e)
         self.cv1 = Conv(c1, c_, 1, 1)
         self.cv2 = Conv(c_, c2, 3, 1, g=g)
@@ -142,40 +168,47 @@ class Bottleneck(ScaledLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
+        if self.gate is not None:
+            y = self.gate(y)
         return x + y if self.add else y
 
 
-class CrossConv(ScaledLayer):
-    """A k x k convolution as 1 x k followed by k x 1."""
+class CrossConv(Gated):
+    """A k x k convolution as 1 x k followed by k x 1; a gate inside stands before the addition."""
 
     reads = ("cv1",)
+    gate_places = ("Bottleneck",)
 
     def __init__(
         self, c1: int, c2: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(c2)
         self.cv1 = Conv(c1, int(c2 * e), (1, k), (1, s))
         self.cv2 = Conv(int(c2 * e), c2, (k, 1), (s, 1), g=g)
         self.add = shortcut and c1 == c2
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv2(self.cv1(x))
+        if self.gate is not None:
+            y = self.gate(y)
         return x + y if self.add else y
 
 
-class C3(ScaledLayer):
+class C3(Gated):
     """Cross-stage partial block: `n` bottlenecks on one half of the channels, joined with the other by a 1x1.
 
-    The variants below replace `inner` only. Paper: CSPNet, https://arxiv.org/abs/1911.11929, with three convolutions
-    instead of its five.
+    The variants below replace `inner` only. A gate of its own, the place called C3, is on what `inner` gives, before
+    `cv3` joins the halves. Paper: CSPNet, https://arxiv.org/abs/1911.11929, with three convolutions instead of its
+    five.
     """
 
     wiring: tuple[str, ...] = ("conv", "repeat")
     reads = ("cv1", "cv2")
+    gate_places: tuple[str, ...] = ("Bottleneck", "C3")
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
-        super().__init__()
         c_ = int(c2 * e)
+        super().__init__(c_)
         self.cv1 = Conv(c1, c_, 1, 1)
         self.cv2 = Conv(c1, c_, 1, 1)
         self.cv3 = Conv(2 * c_, c2, 1)
@@ -186,7 +219,10 @@ class C3(ScaledLayer):
         return nn.Sequential(*(Bottleneck(c, c, shortcut, g, e=1.0) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+        y = self.m(self.cv1(x))
+        if self.gate is not None:
+            y = self.gate(y)
+        return self.cv3(torch.cat((y, self.cv2(x)), 1))
 
 
 class C3x(C3):
@@ -197,7 +233,9 @@ class C3x(C3):
 
 
 class C3TR(C3):
-    """C3 with `n` transformer layers of four heads."""
+    """C3 with `n` transformer layers of four heads, whose residual branches are of tokens: no gate goes there."""
+
+    gate_places = ("C3",)
 
     def inner(self, c: int, n: int, shortcut: bool, g: int) -> nn.Module:
         return TransformerBlock(c, c, 4, n)
@@ -214,21 +252,26 @@ class C3SPP(C3):
     """C3 with spatial pyramid pooling. Not a `repeat` layer: its third argument is the kernels, and n is ignored."""
 
     wiring = ("conv",)
+    gate_places = ("C3",)
 
     def __init__(self, c1: int, c2: int, k: Sequence[int] = (5, 9, 13), n: int = 1, *csp: Any) -> None:
         super().__init__(c1, c2, 0, *csp)
         self.m = SPP(self.cv1.conv.out_channels, self.cv1.conv.out_channels, k)
 
 
-class BottleneckCSP(ScaledLayer):
-    """The cross-stage partial block of the first releases; its joint batch norm stays when the network is fused."""
+class BottleneckCSP(Gated):
+    """The cross-stage partial block of the first releases; its joint batch norm stays when the network is fused.
+
+    A gate of its own, the place called C3, is on what its bottlenecks give, before `cv3`.
+    """
 
     wiring = ("conv", "repeat")
     reads = ("cv1", "cv2")
+    gate_places = ("Bottleneck", "C3")
 
     def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5) -> None:
-        super().__init__()
         c_ = int(c2 * e)
+        super().__init__(c_)
         self.cv1 = Conv(c1, c_, 1, 1)
         self.cv2 = nn.Conv2d(c1, c_, 1, 1, bias=False)
         self.cv3 = nn.Conv2d(c_, c_, 1, 1, bias=False)
@@ -238,7 +281,10 @@ class BottleneckCSP(ScaledLayer):
         self.m = nn.Sequential(*(Bottleneck(c_, c_, shortcut, g, e=1.0) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:
-        joined = torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), 1)
+        y = self.m(self.cv1(x))
+        if self.gate is not None:
+            y = self.gate(y)
+        joined = torch.cat((self.cv3(y), self.cv2(x)), 1)
         return self.cv4(self.act(self.bn(joined)))
 
 
@@ -317,13 +363,17 @@ class GhostConv(ScaledLayer):
         return torch.cat((y, self.cv2(y)), 1)
 
 
-class GhostBottleneck(ScaledLayer):
-    """Ghost module, depthwise convolution where the stride is 2, ghost module without activation, plus a shortcut."""
+class GhostBottleneck(Gated):
+    """Ghost module, depthwise convolution where the stride is 2, ghost module without activation, plus a shortcut.
+
+    A gate inside stands before the addition.
+    """
 
     reads = ("conv", "shortcut")
+    gate_places = ("Bottleneck",)
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1) -> None:
-        super().__init__()
+        super().__init__(c2)
         c_, down = c2 // 2, s == 2
         middle = DWConv(c_, c_, k, s, act=False) if down else nn.Identity()
         self.conv = nn.Sequential(GhostConv(c1, c_, 1, 1), middle, GhostConv(c_, c2, 1, 1, act=False))
@@ -332,7 +382,10 @@ class GhostBottleneck(ScaledLayer):
             self.shortcut = nn.Sequential(DWConv(c1, c1, k, s, act=False), Conv(c1, c2, 1, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.shortcut(x)
+        y = self.conv(x)
+        if self.gate is not None:
+            y = self.gate(y)
+        return y + self.shortcut(x)
 
 
 class TransformerLayer(nn.Module):

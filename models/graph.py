@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from models import pasted
-from models.common import Gate, ScaledLayer
+from models import inside, pasted
+from models.common import Gate, Gated, ScaledLayer
 from models.grammar import LAYER_ERRORS, literal
+from models.inside import Inner
 from utils.config import UserError, YamlFile, closest, display_path, find_file, read_yaml
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}  # depth, width
@@ -45,17 +46,23 @@ class Row:
     sources: tuple[int, ...]  # absolute layers; -1 is the image
     repeats: int  # after the depth
     module: str
-    args: list[Any]  # literals; names and arithmetic resolved, channels not yet scaled
+    args: list[Any]  # literals; names and arithmetic resolved, channels not yet scaled; without a gate's mapping
     inputs: tuple[int, ...]  # channels of each source
     channels: int  # of the output; for a head, predictions per cell
     stride: float | None  # input pixels per cell of the output; None where it cannot be known
     consumers: tuple[int, ...] = ()
+    inner: Inner | None = None  # the gate inside: of a row C3SE, whose module is C3
+
+    @property
+    def name(self) -> str:
+        """The module as the YAML has it: `C3SE` where SE is inside."""
+        return self.module + (self.inner.gate if self.inner else "")
 
     @property
     def where(self) -> str:
         """`file:line: layer 10 SE`, the start of every message about this row."""
         place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place}: layer {self.index} {self.module}"
+        return f"{place}: layer {self.index} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def layer_classes() -> dict[str, type[nn.Module]]:
         (name, c)
         for file in pasted.FILES
         for name, c in vars(file).items()
-        if _is_layer(c) and c.__module__.split(".")[0] != "torch" and c not in (ScaledLayer, Gate)
+        if _is_layer(c) and c.__module__.split(".")[0] != "torch" and c not in (ScaledLayer, Gate, Gated)
     ]
     ours = dict(sorted(found, key=lambda item: pasted.is_pasted(item[1])))  # of two, the later one stays
     torchs = {f"nn.{name}": c for name, c in vars(nn).items() if _is_layer(c) and not name.startswith(LAZY)}
@@ -152,6 +159,31 @@ def gates() -> list[str]:
     ours = [name for name in layer_classes() if wiring(name) == ("preserve",)]
     others = [name for name, c in layer_classes().items() if is_pasted(name) and pasted.keeps_shape(c)]
     return sorted([*ours, *others])
+
+
+def keeps_map(graph: Graph, row: Row) -> bool:
+    """Whether what a row gives has the channels and the stride of the one layer that it reads."""
+    source = graph.rows[row.sources[0]] if row.sources[0] >= 0 else None
+    return source is not None and (row.channels, row.stride) == (source.channels, source.stride)
+
+
+def is_known(module: Any) -> bool:
+    """Whether a row may name this module, which may be a block and a gate in one word."""
+    return module in HEADS or module in layer_classes() or inside.split(module, layer_classes()) is not None
+
+
+def same_gate(one: Row, other: Row) -> bool:
+    """Whether two rows of one module have the same gate at the same place inside, or both have none."""
+    kinds = [(row.inner.gate, row.inner.place) if row.inner else None for row in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def inner_options(row: Row) -> dict[str, Any]:
+    """The arguments of the gate inside a row by name, defaults and place included; empty where there is none."""
+    if row.inner is None:
+        return {}
+    defaults = {p.name: p.default for p in inside.parameters_of(layer_classes()[row.inner.gate])}
+    return {**defaults, **row.inner.options, inside.WORD: row.inner.place}
 
 
 def listed(raw_from: Any) -> list[Any]:
@@ -290,8 +322,8 @@ class _Reader:
         if not isinstance(raw, list) or len(raw) != 4 or not isinstance(raw[3], list):
             raise UserError(f"{place}: layer {index} must be [from, number, module, [args]], found {raw!r}.")
         raw_from, number, module, args = raw
-        if not isinstance(module, str) or (module not in HEADS and module not in layer_classes()):
-            choices = [*layer_classes(), *HEADS]
+        if not isinstance(module, str) or not is_known(module):
+            choices = [*layer_classes(), *HEADS, *inside.names(layer_classes())]
             guess = closest(module, choices) or " A class of your own goes to the end of models/common.py."
             raise UserError(f"{place}: layer {index} names an unknown module {module!r}.{guess}")
         where = f"{place}: layer {index} {module}"
@@ -300,19 +332,13 @@ class _Reader:
         repeats = max(round(number * self.depth), 1) if number > 1 else number
         sources = self._sources(raw_from, where, index)
         inputs = tuple(self.rows[s].channels if s >= 0 else self.file.data["ch"] for s in sources)
-        row = Row(
-            index,
-            line,
-            self.shown,
-            raw_from,
-            sources,
-            repeats,
-            module,
-            literal(args, self.names, where),
-            inputs,
-            0,
-            None,
-        )
+        args, inner, block = literal(args, self.names, where), None, module
+        if found := inside.split(module, layer_classes()):
+            block, gate = found
+            args, inner = inside.stated(gate, layer_classes()[block], args, where)
+        elif inside.places(layer_classes().get(module)) and any(isinstance(arg, Mapping) for arg in args):
+            raise UserError(f"{where}: {args[-1]!r} is for a gate inside. Name it with the block, such as {module}SE.")
+        row = Row(index, line, self.shown, raw_from, sources, repeats, block, args, inputs, 0, None, inner=inner)
         if len(sources) > 1 and module not in SEVERAL:
             raise UserError(f"{where}: reads {len(sources)} layers, but takes one. Join them with a Concat row first.")
         self._warn(row)
@@ -326,11 +352,21 @@ class _Reader:
             row = replace(row, channels=self._channels(row))
             if not 1 <= row.channels <= MAX_CHANNELS:
                 raise ValueError(f"{row.channels} channels come out, expected 1 to {MAX_CHANNELS}")
-            return replace(row, stride=self._stride(row))
+            row = replace(row, stride=self._stride(row))
         except LAYER_ERRORS as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{where}: its arguments {row.args!r} do not fit: {error}.") from None
+        return self._inner(row) if row.inner else row
+
+    def _inner(self, row: Row) -> Row:
+        """The row with the channels of the gate inside, which is tried with one block of the row."""
+        assert row.inner is not None
+        one = replace(row, repeats=1)
+        block, gate = (layer_classes()[name] for name in (row.module, row.inner.gate))
+        return replace(
+            row, inner=inside.checked(row.inner, gate, lambda: block(*filled(one), *one.args[1:]), row.where)
+        )
 
     def _sources(self, raw_from: Any, where: str, index: int) -> tuple[int, ...]:
         sources = []
@@ -463,15 +499,7 @@ class _Reader:
                 fix = "Move the row."
             how = f"({declared} x width {self.width:.2f})"
             raise UserError(f"{row.where} declares {scaled} channels {how} but receives {received}. {fix}")
-        reduction = options_of(row).get("r", 1)
-        if not _is_count(reduction) or received // reduction < 1:
-            raise UserError(
-                f"{row.where}: a reduction of {reduction!r} leaves none of its {received} channels. "
-                f"Write a whole number from 1 to {received}."
-            )
-        gain = options_of(row).get("gain", 1.0)
-        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
-            raise UserError(f"{row.where}: its gain must be a positive number, found {gain!r}.")
+        inside.check_arguments(options_of(row), received, row.where)
         return received
 
     def _stride(self, row: Row) -> float | None:

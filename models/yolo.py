@@ -46,7 +46,7 @@ if __name__ == "__main__":  # before torch is imported: --help should not wait f
 import torch
 from torch import Tensor, nn
 
-from models import grammar, pasted
+from models import grammar, inside, pasted
 from models import graph as graphs
 from models.augment import augmented
 from models.base import BaseModel, Output, SegmentOutput, Visualize
@@ -224,8 +224,8 @@ def parse_model(
     """The layers of a network, each with `i`, `f`, `type` and `np`, and the indices whose outputs are kept.
 
     `verbose` logs a row per layer. With a `seed` the k-th C3, say, draws its weights from (seed, "C3:k"): rows of other
-    modules before it do not change them, and torch's own generator is left as it was. Raises UserError for a row that
-    cannot be built, naming its line.
+    modules before it do not change them, nor does a gate inside, whose weights are drawn after the block's. torch's own
+    generator is left as it was. Raises UserError for a row that cannot be built, naming its line.
 
     There is no list of classes and no `elif m is MyAttention` here: a class pasted at the end of models/common.py or
     models/attention.py needs a row in the YAML and no edit of this file. See `models.pasted.leading`.
@@ -253,15 +253,17 @@ def parse_model(
                 layer: Any = nn.Sequential(*(make(*args) for _ in range(chained))) if chained > 1 else make(*args)
         except LAYER_ERRORS as error:
             raise UserError(f"{row.where}: cannot be built from {row.args!r}: {first_line(error)}.") from None
+        if row.inner:
+            with _drawing_from(seed, f"{row.inner.gate} in {row.module}:{count[row.module]}"):
+                inside.put_inside_(layer, row.inner, classes[row.inner.gate])
         set_activation(layer, activation)  # one object for all, as in the official files
         if graphs.is_pasted(row.module):
             layer.register_forward_pre_hook(pasted.contiguous)
         layer.i, layer.f, layer.type = row.index, row.raw_from, f"{m.__module__}.{m.__name__}"
         layer.np = Size.of(layer).parameters
         if verbose:
-            LOGGER.info(
-                f"{row.index:>3}{row.raw_from!s:>18}{row.repeats:>3}{layer.np:>10}  {layer.type:<40}{args!s:<30}"
-            )
+            shown = f"{layer.type} with {row.inner.gate} inside" if row.inner else layer.type
+            LOGGER.info(f"{row.index:>3}{row.raw_from!s:>18}{row.repeats:>3}{layer.np:>10}  {shown:<40}{args!s:<30}")
         layers.append(layer)
     return nn.Sequential(*layers), graph.save
 
@@ -338,6 +340,17 @@ class DetectionModel(BaseModel):
         """Mask coefficients at the end of each predicted row: 0 unless the network segments."""
         return int(getattr(self.head, "nm", 0))
 
+    def gates(self) -> dict[int, list[nn.Module]]:
+        """The gates, pasted classes that keep their map among them: row -> what it is, or what is inside its blocks."""
+        found: dict[int, list[nn.Module]] = {}
+        for row, layer in zip(self.graph.rows, self.model):
+            alone = graphs.is_pasted(row.module) and graphs.keeps_map(self.graph, row)
+            if row.inner:
+                found[row.index] = inside.gates_inside(layer)
+            elif alone or graphs.wiring(row.module) == ("preserve",):
+                found[row.index] = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+        return found
+
     def _init_head(self) -> None:
         """Measure the strides, put the anchors in their order and into cells, start the biases, set batch norms."""
         head = self.head
@@ -360,7 +373,8 @@ class DetectionModel(BaseModel):
         In training mode that pass would move every batch norm's running statistics by one blank image.
         """
         rows = self.graph.rows
-        usual = 256 if any(graphs.is_pasted(row.module) for row in rows) else 128  # what their authors could rely on
+        modules = [name for row in rows for name in (row.module, row.inner.gate if row.inner else "")]
+        usual = 256 if any(map(graphs.is_pasted, modules)) else 128  # what their authors could rely on
         size = max(usual, 2 * max(int(row.stride or 64) for row in rows))
         self.eval()
         self.head.train()

@@ -43,6 +43,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "model": (
         "models.grammar",
         "models.pasted",
+        "models.inside",
         "models.graph",
         "models.measure",
         "models.base",

@@ -326,8 +326,8 @@ def test_places_are_names_with_a_count_where_it_is_needed() -> None:
         "Conv:1", "SPPF", "nn.Upsample:1", "Concat:2", "C3:8", "Detect",
     ]  # fmt: skip
     shown = table(graph)
-    assert len(shown) == 26 and shown[0].split()[:3] == ["row", "place", "module"]
-    assert shown[5].split() == ["4", "C3:2", "C3", "128", "8", "5,", "16"]
+    assert len(shown) == 30 and shown[0].split()[:3] == ["row", "place", "module"]
+    assert shown[5].split() == ["4", "C3:2", "C3", "128", "8", "5,", "16", "/Bottleneck,", "/C3"]
     assert shown[25].split(maxsplit=6)[-1] == "/1 is 17, /2 is 20, /3 is 23"
 
 
@@ -340,7 +340,7 @@ def test_places_are_names_with_a_count_where_it_is_needed() -> None:
         ("SE@after:SPP", "'SPP' is at most a part of other rows, whose inside is not a place. Did you mean 'SPPF'?"),
         ("SE@after:SPFF", "'SPFF' is not a row. Did you mean 'SPPF'? Places: Conv:1..9, C3:1..8, SPPF, nn.Upsample:1"),
         ("SE@after:Upsample:1", "Did you mean 'nn.Upsample'?"),
-        ("SE@after:Bottleneck", "a part of other rows, whose inside is not a place. Places: Conv:1..9, "),
+        ("SE@after:Bottleneck", "is a part of other rows. For a gate in each write inside:Bottleneck, in those "),
         ("SE@after:9.cv1", "'9.cv1' is at most a part of other rows"),
         ("SE@after:C3.m", "'C3.m' is at most a part of other rows"),
         ("SE@after:C3", "'C3' is not one row. Choose from C3:1 (row 2), C3:2 (row 4), "),

@@ -188,8 +188,8 @@ def test_out_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({}, "nothing to insert: give a gate and a place"),
-        ({"module": "SE"}, "--module goes with --after, --before or --at"),
-        ({"places": ["after:SPPF"]}, "--module goes with --after, --before or --at"),
+        ({"module": "SE"}, "--module goes with --after, --before, --at or --inside"),
+        ({"places": ["after:SPPF"]}, "--module goes with --after, --before, --at or --inside"),
         ({"insert": ["SE@after:SPPF"], "out": "my.txt"}, "--out my.txt: expected a file ending in .yaml"),
         ({"insert": ["SE@after:SPPF"], "out": "none/my.yaml"}, "none/my.yaml: cannot be written (No such file"),
     ],

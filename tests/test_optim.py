@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from utils.optim import (
+    OPTIMIZERS,
     EarlyStopping,
     ModelEMA,
     OptimHyp,
     Schedule,
     accumulation,
     build_optimizer,
+    describe,
     parameter_groups,
 )
 
@@ -60,6 +62,41 @@ def test_adam_takes_the_momentum_as_its_first_beta(name: str) -> None:
     optimizer = build_optimizer(small_network(), name, HYP, 64)
     assert type(optimizer).__name__ == name
     assert optimizer.param_groups[0]["betas"] == (0.937, 0.999)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_modules_that_learn_faster_have_groups_of_their_own(name: str) -> None:
+    model = small_network()
+    usual = build_optimizer(model, name, HYP, 64)
+    same = build_optimizer(model, name, HYP, 64, faster=[model[1], model[3]], factor=1.0)
+    assert str(same) == str(usual) and "times the rate" not in describe(same)
+    ids = [[[id(p) for p in group["params"]] for group in each.param_groups] for each in (usual, same)]
+    assert ids[0] == ids[1]
+    apart = build_optimizer(model, name, HYP, 64, faster=[model[1], model[3]], factor=10.0)
+    groups = [[id(p) for p in group["params"]] for group in apart.param_groups]
+    bn, last = model[1], model[3]
+    assert groups == [[], [id(model[0].weight)], [], [id(last.weight)], [id(bn.bias), id(last.bias), id(bn.weight)]]
+    assert [group["weight_decay"] for group in apart.param_groups] == [0, 0.0005, 0, 0.0005, 0]
+    assert describe(apart).endswith("0 bias; at 10 times the rate 3 weight(decay=0.0), 1 weight(decay=0.0005)")
+
+
+def test_faster_modules_follow_the_schedule_of_the_weights() -> None:
+    model = small_network()
+    schedule = Schedule(HYP, epochs=300, batches_per_epoch=100, batch_size=16)
+    optimizer = build_optimizer(model, "SGD", HYP, 16, faster=[model[3]], factor=10.0)
+    for iteration in (0, 10, 150, 299, 300, 12_345, 29_999):
+        schedule.apply_(optimizer, iteration)
+        setting = schedule.at(iteration)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == [*setting.lr, 10 * setting.lr[1], 10 * setting.lr[1]]
+        assert {group["momentum"] for group in optimizer.param_groups} == {setting.momentum}
+
+
+def test_frozen_parameters_of_faster_modules_are_in_no_group() -> None:
+    model = small_network()
+    model[3].weight.requires_grad_(False)
+    optimizer = build_optimizer(model, "SGD", HYP, 64, faster=[model[3]], factor=2.0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1, 0, 1]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,33 +34,56 @@ def accumulation(hyp: OptimHyp, batch_size: int) -> int:
     return max(round(hyp.nominal_batch / batch_size), 1)
 
 
-def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable parameters as (biases, weights, normalisation weights); only the weights decay.
+def parameter_groups(
+    model: nn.Module, without: Iterable[nn.Parameter] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters as (biases, weights, normalisation weights), but for some; only the weights decay.
 
     The order is a file format: optimizer states and `x/lr0` (the biases) to `x/lr2` in results.csv follow it.
     """
+    left_out = {id(parameter) for parameter in without}
     norms = tuple(v for k, v in vars(nn).items() if "Norm" in k and isinstance(v, type))
     biases: list[nn.Parameter] = []
     weights: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in left_out:
                 continue  # frozen: no decay, no momentum, no memory
             group = biases if name == "bias" else scales if isinstance(module, norms) else weights
             group.append(parameter)
     return biases, weights, scales
 
 
-def build_optimizer(model: nn.Module, name: str, hyp: OptimHyp, batch_size: int) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, Adam or AdamW over three groups, the decay scaled to what a step really sees."""
-    biases, weights, scales = parameter_groups(model)
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    hyp: OptimHyp,
+    batch_size: int,
+    *,
+    faster: Iterable[nn.Module] = (),
+    factor: float = 1.0,
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, Adam or AdamW over three groups, the decay scaled to what a step really sees.
+
+    With a `factor` other than 1 the modules in `faster` learn at so many times the rate of the weights, warm-up
+    included, in two groups more: weights that decay, then biases and normalisation weights. Their biases do not begin
+    at `warmup_bias_lr`, which is for a head that starts far from its labels.
+    """
+    apart = nn.ModuleList(faster if factor != 1 else ())
+    biases, weights, scales = parameter_groups(model, without=apart.parameters())
     decay = hyp.weight_decay * batch_size * accumulation(hyp, batch_size) / hyp.nominal_batch
     groups = [
         {"params": biases, "weight_decay": 0.0},
         {"params": weights, "weight_decay": decay},
         {"params": scales, "weight_decay": 0.0},
     ]
+    if factor != 1:
+        own_biases, own_weights, own_scales = parameter_groups(apart)
+        groups += [
+            {"params": own_weights, "weight_decay": decay, "lr_factor": factor},
+            {"params": own_biases + own_scales, "weight_decay": 0.0, "lr_factor": factor},
+        ]
     # One kernel for many tensors. Fused ones also take the loss scale without telling the host, so AMP needs no sync.
     cuda = any(p.is_cuda for p in model.parameters())
     kernels: dict[str, Any] = {"fused": True} if cuda else {"foreach": True}
@@ -75,11 +99,17 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     >>> describe(build_optimizer(model, "SGD", OptimHyp(), 64))
     'optimizer: SGD(lr=0.01) with parameter groups 57 weight(decay=0.0), 60 weight(decay=0.0005), 60 bias'
     """
-    biases, weights, scales = optimizer.param_groups
+    biases, weights, scales, *faster = optimizer.param_groups
+    apart = (
+        f"; at {faster[0]['lr_factor']:g} times the rate {len(faster[1]['params'])} weight(decay=0.0), "
+        f"{len(faster[0]['params'])} weight(decay={faster[0]['weight_decay']:g})"
+        if faster
+        else ""
+    )
     return (
         f"optimizer: {type(optimizer).__name__}(lr={weights['lr']:g}) with parameter groups "
         f"{len(scales['params'])} weight(decay={scales['weight_decay']}), "
-        f"{len(weights['params'])} weight(decay={weights['weight_decay']:g}), {len(biases['params'])} bias"
+        f"{len(weights['params'])} weight(decay={weights['weight_decay']:g}), {len(biases['params'])} bias{apart}"
     )
 
 
@@ -164,8 +194,8 @@ class Schedule:
     def apply_(self, optimizer: torch.optim.Optimizer, iteration: int) -> None:
         """Set the optimizer's learning rates, and its momentum where it has one (Adam's betas stay)."""
         setting = self.at(iteration)
-        for group, lr in zip(optimizer.param_groups, setting.lr):
-            group["lr"] = lr
+        for index, group in enumerate(optimizer.param_groups):
+            group["lr"] = setting.lr[index] if index < len(setting.lr) else setting.lr[1] * group["lr_factor"]
             if "momentum" in group:
                 group["momentum"] = setting.momentum
 

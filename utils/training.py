@@ -119,10 +119,13 @@ def build_trainer(
     options: argparse.Namespace,
     hyp: Mapping[str, float],
     frozen: Sequence[nn.Module] = (),
+    faster: Sequence[nn.Module] = (),
+    factor: float = 1.0,
 ) -> Trainer:
     """Optimizer, schedule, loss, precision and average around a model that is on its device, anchors final.
 
-    Sets `model.hyp` to the gains scaled for its levels, classes and image size, which the loss reads.
+    The modules in `faster` learn at `factor` times the rate: see build_optimizer. Sets `model.hyp` to the gains
+    scaled for its levels, classes and image size, which the loss reads.
     """
     device = next(model.parameters()).device
     optim_hyp = owned(OptimHyp, hyp)
@@ -144,7 +147,9 @@ def build_trainer(
     )
     return Trainer(
         model=wrapped,
-        optimizer=build_optimizer(model, options.optimizer, optim_hyp, options.batch_size),
+        optimizer=build_optimizer(
+            model, options.optimizer, optim_hyp, options.batch_size, faster=faster, factor=factor
+        ),
         schedule=Schedule(optim_hyp, options.epochs, len(loader), options.batch_size, cosine=options.cos_lr),
         compute_loss=task_of(model).make_loss(model),
         device=device,

@@ -21,7 +21,7 @@ import torch
 from models import graph as graphs
 from models.checkpoints.archive import MAX_DEPTH, MAX_VALUES, Archive
 from models.checkpoints.unpickle import Record, StoredTensor
-from models.graph import HEADS, Graph, layer_classes
+from models.graph import HEADS, Graph, is_known, layer_classes
 from models.yolo import DetectionModel, build_model, parse_model
 from utils.config import UserError, closest, display_path
 from utils.files import replacing
@@ -290,13 +290,12 @@ def network_yaml(checkpoint: Checkpoint) -> dict[str, Any]:
     yaml = copy.deepcopy(checkpoint.yaml)
     parts = [part for part in (yaml.get("backbone"), yaml.get("head")) if isinstance(part, list)]
     rows = [row for part in parts for row in part if isinstance(row, list)]
-    known = [*layer_classes(), *HEADS]
     for index, row in enumerate(rows):
         module = row[2] if len(row) == 4 else None
-        if isinstance(module, str) and module not in known:
+        if isinstance(module, str) and not is_known(module):
             raise UserError(
                 f"{where}: its network uses a layer named {module[:60]}, which is not defined here."
-                f"{closest(module, known)} Add the class to models/attention.py to load this file."
+                f"{closest(module, [*layer_classes(), *HEADS])} Add the class to models/attention.py to load this file."
             )
         if module == "SE" and isinstance(row[3], list) and row[3]:
             for key in (f"model.{index}.l1.weight", f"model.{index}.0.l1.weight"):
@@ -409,7 +408,8 @@ def save(path: str | Path, content: Mapping[str, Any]) -> Path:
     Args:
         path: the `.pt` file; its folder is made.
         content: tensors and plain data: `model` and perhaps `ema` (state dicts), `yaml`, `names`, `stride`, `epoch`,
-            `best_fitness`, and for a run that can be resumed `updates`, `optimizer`, `schedule`, `rng`, `opt`, `hyp`.
+            `best_fitness`, and for a run that can be resumed `updates`, `optimizer`, `schedule`, `rng`, `opt`, `hyp`,
+            `new_gates`.
             `format`, `version` and `date` are added. Paths become text, numpy numbers Python's.
 
     Raises:

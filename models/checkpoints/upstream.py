@@ -112,6 +112,11 @@ def _foreign_layers(model: DetectionModel, where: str, *, allowed: bool) -> list
     """The classes in a network that YOLOv5 lacks; UserError for the first one where they are not allowed."""
     found: dict[type[nn.Module], None] = {}
     for row, layer in zip(model.graph.rows, model.model):
+        if row.inner:
+            raise UserError(
+                f"{where}: row {row.index} is {row.name}, and YOLOv5's {row.module} has no room for a gate inside."
+                f" Put the gate behind the block ({row.inner.gate}@after:every:{row.module}), or export to onnx, say."
+            )
         for part in layer.modules():
             kind = type(part)
             if kind.__name__ in ATTRIBUTES or kind.__module__.startswith("torch.nn.") or kind in found:

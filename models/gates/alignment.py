@@ -7,8 +7,9 @@ survive an SE after SPPF.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from models.graph import HEADS, Graph, Row, options_of
+from models.graph import HEADS, Graph, Row, inner_options, options_of
 
 ALIGN_ROUNDS = 4  # the second round knows the sources; more only settle ties
 IMAGE = -1
@@ -146,10 +147,19 @@ def argument_warnings(source: Graph, target: Graph, pairs: Mapping[int, int], na
         a, b = source.rows[old], target.rows[new]
         if a.module != b.module or a.module in HEADS or (a.inputs, a.channels) != (b.inputs, b.channels):
             continue
-        trained, given = ({"number (after the depth)": row.repeats, **options_of(row)} for row in (a, b))
+        trained, given = (_described(row, with_gate=a.inner is not None) for row in (a, b))
         for key in (key for key in given if given[key] != trained.get(key)):
             lines.append(
                 f"{b.where} has {key} {given[key]}; its weights in {name} were trained with {key} {trained.get(key)}."
                 " Write that to keep what they computed."
             )
     return lines
+
+
+def _described(row: Row, *, with_gate: bool) -> dict[str, Any]:
+    """What a row's weights were trained with, by name; of the gate inside only where the trained one had one."""
+    found = {"number (after the depth)": row.repeats, **options_of(row)}
+    if not with_gate:
+        return found
+    kind = {"gate inside": row.inner.gate if row.inner else "none"}
+    return {**found, **kind, **{f"{key} of its gate": value for key, value in inner_options(row).items()}}

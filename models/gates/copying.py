@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from models.checkpoints.files import Checkpoint
-from models.graph import HEADS, Graph, Row
+from models.graph import HEADS, Graph, Row, same_gate
 
 YAML_ANCHORS, KEPT_ANCHORS = "anchors of the YAML", "anchors of the checkpoint"
 FP16_ROUNDING = 2.0**-10  # relative; half of it is the rounding of one number, and the YAML's was rounded too
@@ -16,7 +16,10 @@ FP16_ROUNDING = 2.0**-10  # relative; half of it is the rounding of one number, 
 
 @dataclass(frozen=True)
 class RowReport:
-    """What became of one row: `old` and `new` are its indices, None where a network has no such row."""
+    """What became of one row: `old` and `new` are its indices, None where a network has no such row.
+
+    `module` is as in the YAML: C3SE for a C3 with SE inside.
+    """
 
     old: int | None
     new: int | None
@@ -83,7 +86,7 @@ def copy_rows(
                 continue
             if heads and by_class and rest.startswith("m."):
                 continue
-            if by_class and not _statistics_fit(copy, old_key, new_key):
+            if by_class and not (_statistics_fit(copy, old_key, new_key) and _gate_fits(rest, a, b)):
                 continue
             if new_key in copy.target:
                 problems.append(copy.tensor(old_key, new_key))
@@ -102,6 +105,13 @@ def _statistics_fit(copy: Copy, old_key: str, new_key: str) -> bool:
     old = copy.checkpoint.tensors.get(old_key.replace("num_batches_tracked", "running_mean"))
     new = copy.target.get(new_key.replace("num_batches_tracked", "running_mean"))
     return old is None or new is None or old.shape == new.shape
+
+
+def _gate_fits(rest: str, old: Row, new: Row) -> bool:
+    """False for a tensor of a gate inside the block, where the other row has another gate there: SE's are CBAM's, too,
+    by name and shape."""
+    inner = "gate" in rest.split(".") and new.inner is not None and old.inner is not None
+    return not inner or same_gate(old, new)
 
 
 def _keep_checkpoint_anchors(old: Tensor, new: Tensor | None, source: Row, target: Row) -> bool:
@@ -199,11 +209,11 @@ def row_reports(copy: Copy, source: Graph, target: Graph, pairs: Mapping[int, in
         elif not keys:
             status, why = "no weights", ""
         elif whole == len(keys):
-            status, why = "copied", ""
+            status, why = "copied", copy.why.get(row.index, "")  # of a gate without weights inside
         else:
             status = "partly" if some else "reshaped"
             why = copy.why.get(row.index) or "some tensors are not in the file"
-        reports.append(RowReport(old, row.index, row.module, status, whole, len(keys), why))
+        reports.append(RowReport(old, row.index, row.name, status, whole, len(keys), why))
     while pending is not None:
         reports.append(_dropped(copy, pending))
         pending = next(dropped, None)
@@ -212,4 +222,4 @@ def row_reports(copy: Copy, source: Graph, target: Graph, pairs: Mapping[int, in
 
 def _dropped(copy: Copy, row: Row) -> RowReport:
     total = len(_keys(copy.checkpoint.tensors, row.index))
-    return RowReport(row.index, None, row.module, "dropped", 0, total, "no such row in the network")
+    return RowReport(row.index, None, row.name, "dropped", 0, total, "no such row in the network")

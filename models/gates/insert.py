@@ -1,7 +1,17 @@
-"""A model YAML with an attention gate inserted as a row: every later number moves along, all other text stays.
+"""A model YAML with attention gates put in, as rows or inside blocks: later numbers move along, all other text stays.
 
 A place is a module's name (`SPPF`), with a count from 1 where it is there more than once (`C3:2`), or a row's number.
-All places are meant in the file as it is. Gates at one place are chained in the order given.
+`every:` before a name means all rows that have it, those of one part of the network with `every:backbone:C3` or
+`every:neck:C3` (the neck is all of `head` but its last row), and `every:neck` each row of that part. All places are
+meant in the file as it is. Gates at one place are chained in the order given.
+
+Inside blocks (models/inside.py) `every:` may be left out. The name says where in them, and rows that have no such place
+are passed over:
+
+- `inside:C3`: every C3-like block, on its first path, before `cv3` joins it with the second; `inside:C3:2` one of them;
+- `inside:Bottleneck`: every residual branch, in C3-like blocks and in bare rows, before the addition;
+- `inside:6`, `inside:backbone`: numbers and parts name no place: it is what C3SE means, each residual branch. `/C3` or
+  `/Bottleneck` behind any place says it: `inside:6/C3`, `inside:C3:2/Bottleneck`.
 """
 
 from __future__ import annotations
@@ -13,13 +23,14 @@ import textwrap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
 from models import graph as graphs
+from models import inside
 from models.grammar import literal
 from models.graph import (
     HEADS,
@@ -33,6 +44,7 @@ from models.graph import (
     scaled_channels,
     wiring,
 )
+from models.inside import Inner
 from utils.config import UserError, closest, display_path
 from utils.files import write_texts
 from utils.runtime import LOGGER
@@ -41,6 +53,8 @@ WORDS = {"r": "reduction", "k": "kernel"}  # for the constructor's names, in a n
 OWN_INDEX = re.compile(r"[ \t\],]*?([ \t]*)#[ \t]*(\d+)(?!\w|\.\d)")  # a comment that begins with a number
 LINE_REST = re.compile(r"[ \t]*(,?)(?:[ \t]*#[^\r\n]*)?[ \t]*(?=[\r\n]|\Z)")
 LEADING_COMMENTS = re.compile(r"\ufeff?(?:[ \t]*\r?\n)*(?:#[^\r\n]*\r?\n)*")
+KINDS = ("after", "before", "at", "inside")
+EVERY, PARTS = "every", ("backbone", "neck")
 Value: TypeAlias = int | float | bool | None
 Edit: TypeAlias = tuple[int, int, str]  # start and end in a text, and what to write there instead
 
@@ -51,8 +65,8 @@ class Insertion:
 
     module: str
     args: tuple[Value, ...]
-    kind: str  # after, before or at
-    place: str  # C3:2, SPPF, Detect/3 or a row's number
+    kind: str  # after, before, at or inside
+    place: str  # C3:2, SPPF, Detect/3, every:neck:C3 or a row's number
 
     def __str__(self) -> str:
         return f"{':'.join(map(str, (self.module, *self.args)))}@{self.kind}:{self.place}"
@@ -64,12 +78,12 @@ class Insertion:
 
 
 def parse(spec: str) -> Insertion:
-    """The insertion that `SE@after:SPPF` or `SE:16@before:C3:2` stands for."""
+    """The insertion that `SE@after:SPPF`, `SE:16@before:C3:2` or `SE@inside:Bottleneck` stands for."""
     gate, at, where = spec.partition("@")
     module, *args = gate.split(":")
     kind, colon, place = where.partition(":")
-    if not (at and colon and module and place and kind in ("after", "before", "at")):
-        raise UserError(f"'{spec}': expected MODULE[:ARG...]@after|before|at:PLACE, such as SE:16@after:SPPF.")
+    if not (at and colon and module and place and kind in KINDS):
+        raise UserError(f"'{spec}': expected MODULE[:ARG...]@{'|'.join(KINDS)}:PLACE, such as SE:16@after:SPPF.")
     return Insertion(module, tuple(_value(arg) for arg in args), kind, place)
 
 
@@ -91,27 +105,92 @@ def places(graph: Graph) -> list[str]:
 
 
 def table(graph: Graph) -> list[str]:
-    """Lines that show every row's number, place, module, channels, stride, readers, and its inputs if numbered."""
+    """Lines that show every row's number, place, module, channels, stride, readers, its inputs if numbered, and what is
+    inside it; then how several places are named at once."""
     layout = "{:>3}  {:16}  {:13}  {:>8}  {:>6}  {:14}  {}"
-    lines = [layout.format("row", "place", "module", "channels", "stride", "read by", "inputs")]
+    lines = [layout.format("row", "place", "module", "channels", "stride", "read by", "inputs, or places inside")]
     for row, place in zip(graph.rows, places(graph)):
         stride, readers = "-" if row.stride is None else f"{row.stride:g}", ", ".join(map(str, row.consumers)) or "-"
         inputs = [f"/{i} is {source}" for i, source in enumerate(row.sources, 1)] if row.module in SEVERAL else []
-        lines.append(layout.format(row.index, place, row.module, row.channels, stride, readers, ", ".join(inputs)))
-    return [line.rstrip() for line in lines]
+        shown = ", ".join(inputs or [f"/{word}" for word in _places_inside(row)])
+        lines.append(layout.format(row.index, place, row.name, row.channels, stride, readers, shown))
+    return [*(line.rstrip() for line in lines), "", *_groups(graph)]
 
 
-def _find(graph: Graph, insertion: Insertion) -> tuple[Row, int | None]:
-    """The row of a place, and the number from 0 of its input where the place names one."""
+def _groups(graph: Graph) -> list[str]:
+    """Lines that show the names of several places at once."""
+    count = Counter(row.module for row in graph.rows if row.module not in HEADS)
+    name = max(count, key=lambda module: (bool(inside.places(layer_classes().get(module))), count[module]))
+    lines = [f"several rows: after:every:{name}, before:every:{name}; of a part: after:every:neck:{name}"]
+    for word in reversed(inside.PLACES):
+        found = ", ".join(str(row.index) for row in graph.rows if word in _places_inside(row))
+        what = "the first path, before cv3" if word == "C3" else "each residual branch, before the addition"
+        lines += [f"inside:{word} ({what}): rows {found}"] if found else []
+    return lines
+
+
+def _places_inside(row: Row) -> tuple[str, ...]:
+    return inside.places(layer_classes().get(row.module))
+
+
+def _find(graph: Graph, insertion: Insertion) -> list[tuple[Row, int | None]]:
+    """The rows of a place, and the number from 0 of their input where the place names one."""
     name, slash, number = insertion.place.partition("/")
-    row = _find_row(graph, name)
-    if not slash:
-        return row, None
-    if insertion.kind != "before" or row.module not in SEVERAL:
-        raise UserError(f"{row.where}: leave out '/{number}': it is for 'before' a row that reads a list.")
-    if not number.isdecimal() or not 1 <= int(number) <= len(row.sources):
-        raise UserError(f"{row.where}: its inputs are /1 to /{len(row.sources)}, found '/{number}'.")
-    return row, int(number) - 1
+    first, _, words = name.partition(":")
+    rows = _find_rows(graph, words) if first == EVERY else [_find_row(graph, name)]
+    for row in rows if slash else []:
+        if insertion.kind != "before" or row.module not in SEVERAL:
+            raise UserError(f"{row.where}: leave out '/{number}': it is for 'before' a row that reads a list.")
+        if not number.isdecimal() or not 1 <= int(number) <= len(row.sources):
+            raise UserError(f"{row.where}: its inputs are /1 to /{len(row.sources)}, found '/{number}'.")
+    return [(row, int(number) - 1 if slash else None) for row in rows]
+
+
+def _find_inside(graph: Graph, insertion: Insertion) -> list[tuple[Row, str]]:
+    """The rows of a place inside blocks, and the word for the place in each."""
+    name, slash, word = insertion.place.removeprefix(f"{EVERY}:").partition("/")
+    if slash and word not in inside.PLACES:
+        raise UserError(f"{insertion}: inside a block are /{' and /'.join(inside.PLACES)}, found '/{word}'.")
+    part, _, module = name.partition(":") if name.partition(":")[0] in PARTS else ("", "", name)
+    group = module in layer_classes() or not module  # of several rows; else one row: C3:2, or its number
+    named = layer_classes().get(module.partition(":")[0])
+    if not word and named is not None:
+        word = inside.PLACES[-1] if inside.PLACES[-1] in inside.places(named) else inside.PLACES[0]
+    rooms = [f"{row.index} {row.module}" for row in graph.rows if _places_inside(row)]
+    fix = f"Rows that have room: {', '.join(rooms) or 'none'}; see --list-places."
+    if not group:
+        if part:
+            raise UserError(f"{insertion}: after '{part}:' comes a module's name alone, such as {part}:C3.")
+        row = _find_row(graph, module)
+        if not _places_inside(row):
+            raise UserError(f"{row.where}: there is no room for a gate inside. {fix}")
+        word = word or _places_inside(row)[0]
+        inside.check_place(layer_classes()[row.module], word, row.where)
+        return [(row, word)]
+    rows = [row for row in _rows_of(graph, part) if _places_inside(row) and (not word or word in _places_inside(row))]
+    if module not in inside.PLACES and module:
+        rows = [row for row in rows if row.module == module]
+    if not rows:
+        raise UserError(f"{graph.file}: '{insertion.place}' is no place inside a row. {fix}")
+    return [(row, word or _places_inside(row)[0]) for row in rows]
+
+
+def _rows_of(graph: Graph, part: str) -> list[Row]:
+    """The rows of a part of the network, or all; never the head itself."""
+    end = len(graph.yaml.get("backbone") or [])
+    rows = [row for row in graph.rows if row.module not in HEADS]
+    return [row for row in rows if not part or (row.index < end) == (part == PARTS[0])]
+
+
+def _find_rows(graph: Graph, words: str) -> list[Row]:
+    """The rows that `C3`, `neck:C3` or `neck` stand for after `every:`."""
+    part, _, module = words.partition(":") if words.partition(":")[0] in PARTS else ("", "", words)
+    rows = [row for row in _rows_of(graph, part) if row.module == module or (part and not module)]
+    if not rows:
+        known = list(dict.fromkeys(row.module for row in _rows_of(graph, part)))
+        fix = f"{closest(module, known)} Rows there are: {', '.join(known)}."
+        raise UserError(f"{graph.file}: 'every:{words}' is no row.{fix}")
+    return rows
 
 
 def _find_row(graph: Graph, name: str) -> Row:
@@ -123,9 +202,16 @@ def _find_row(graph: Graph, name: str) -> Row:
     module, total = name.partition(":")[0], Counter(row.module for row in graph.rows)
     if module in total:
         choices = ", ".join(f"{names[row.index]} (row {row.index})" for row in graph.rows if row.module == module)
-        raise UserError(f"{graph.file}: '{name}' is not one row. Choose from {choices}.")
-    inside = module in layer_classes() or re.match(r"(?!nn\.)\w+\.", module)
-    problem = "is at most a part of other rows, whose inside is not a place" if inside else "is not a row"
+        every = f", or every:{module} for all of them" if total[module] > 1 else ""
+        raise UserError(f"{graph.file}: '{name}' is not one row. Choose from {choices}{every}.")
+    if module in PARTS:
+        raise UserError(f"{graph.file}: '{name}' is many rows. Write every:{name}, or every:{module}:C3, say.")
+    if inside.PLACES[0] == module and any(module in _places_inside(row) for row in graph.rows):
+        first = next(row.index for row in graph.rows if module in _places_inside(row))
+        fix = f"For a gate in each write inside:{module}, in those of one row inside:{first}/{module}."
+        raise UserError(f"{graph.file}: '{name}' is a part of other rows. {fix}")
+    part_only = module in layer_classes() or re.match(r"(?!nn\.)\w+\.", module)
+    problem = "is at most a part of other rows, whose inside is not a place" if part_only else "is not a row"
     known = ", ".join(name if count == 1 else f"{name}:1..{count}" for name, count in total.items())
     fix = f"{closest(module, total)} Places: {known}, or a row from 0 to {len(names) - 1}."
     raise UserError(f"{graph.file}: '{name}' {problem}.{fix}")
@@ -156,6 +242,7 @@ class _Network:
             self.items.append(_Item(sources, list(listed(row.raw_from)), row))
         self.old = tuple(self.items)
         self.ends = dict(enumerate(self.items))  # row -> the last gate put after it, or itself
+        self.inner: dict[int, Inner] = {}  # row -> the gate put inside it
 
     def insert_(self, insertion: Insertion) -> None:
         if insertion.module not in gates():
@@ -164,10 +251,27 @@ class _Network:
                 problem = f"{insertion.module} may change the channels, so it cannot be inserted; gates"
             raise UserError(f"{problem} are: {', '.join(gates())}.")
         if insertion.kind == "at":
-            return self._at_(insertion)
-        row, number = _find(self.graph, insertion)
-        if insertion.kind == "after":
-            return self._after_(insertion, row)
+            self._at_(insertion)
+        elif insertion.kind == "inside":
+            for row, place in _find_inside(self.graph, insertion):
+                self._inside_(insertion, row, place)
+        elif insertion.kind == "after":
+            for row, _ in _find(self.graph, insertion):
+                self._after_(insertion, row)
+        else:
+            for row, number in _find(self.graph, insertion):
+                self._before_(insertion, row, number)
+
+    def _inside_(self, insertion: Insertion, row: Row, place: str) -> None:
+        there = row.inner or self.inner.get(row.index)
+        if there:
+            raise UserError(f"{row.where}: has {there.gate} inside already, and one gate fits. Choose another row.")
+        known = [parameter.name for parameter in inside.parameters_of(layer_classes()[insertion.module])]
+        if len(insertion.args) > len(known):
+            raise UserError(f"{insertion}: too many arguments; {insertion.module} takes {', '.join(known)}.")
+        self.inner[row.index] = Inner(insertion.module, place, dict(zip(known, insertion.args)))
+
+    def _before_(self, insertion: Insertion, row: Row, number: int | None) -> None:
         if row.index == 0:
             raise UserError(f"{row.where}: reads the image, which a gate cannot weigh. Write after 0 for its output.")
         item = self.old[row.index]
@@ -265,6 +369,8 @@ class _Span:
     lead: str  # what a new row on the next line starts with
     comma: str  # what separates the section's rows: none between `- row` lines
     alone: bool  # no other row is on its lines
+    module: tuple[int, int]  # of its module
+    args: yaml.SequenceNode
 
 
 def _spans(text: str, graph: Graph) -> list[_Span]:
@@ -283,7 +389,8 @@ def _spans(text: str, graph: Graph) -> list[_Span]:
         froms = first.value if isinstance(first, yaml.SequenceNode) else [first]
         numbers = [(f.start_mark.index, f.end_mark.index) for f in froms]
         lead, comma = (" " * len(lead), ",") if bracketed else (lead, "")
-        spans.append(_Span(start.index, end.index, numbers, lead, comma, begins and next_line != end.line))
+        alone, module = begins and next_line != end.line, (node.value[2].start_mark.index, node.value[2].end_mark.index)
+        spans.append(_Span(start.index, end.index, numbers, lead, comma, alone, module, node.value[3]))
     return spans
 
 
@@ -299,11 +406,24 @@ def _edits(text: str, network: _Network) -> list[Edit]:
         edits += [(*place, str(new)) for place, old, new in changes if old != new]
         if row.index in comments:
             edits.append((*comments[row.index].span(2), str(network.items.index(item))))
+        if inner := network.inner.get(row.index):
+            edits += [(*span.module, row.module + inner.gate), *_mapping_edit(span.args, inner, row)]
         for before in (True, False):
             gates = [gate for gate in network.items if gate.gate and gate.row is row and gate.before == before]
             new_rows = [(new, "" if gap is None else gap + note) for new, note in map(network.new_row, gates)]
             edits += _new_rows(text, span, new_rows, before=before) if gates else []
     return edits
+
+
+def _mapping_edit(args: yaml.SequenceNode, inner: Inner, row: Row) -> list[Edit]:
+    """What to change in a row's arguments, so that their mapping describes the gate inside."""
+    mapping = inner.stated(_places_inside(row)[0])
+    if not mapping or not args.value:
+        return []
+    last = args.value[-1]
+    if isinstance(last, yaml.MappingNode):
+        return [(last.start_mark.index, last.end_mark.index, inside.text(mapping))]
+    return [(last.end_mark.index, last.end_mark.index, f", {inside.text(mapping)}")]
 
 
 def _new_rows(text: str, span: _Span, rows: Sequence[tuple[str, str]], *, before: bool) -> list[Edit]:
@@ -335,10 +455,11 @@ def _header(cfg: str | Path, insertions: Sequence[Insertion]) -> str:
 
 
 def insert(cfg: str | Path, insertions: Sequence[Insertion]) -> str:
-    """The text of a model YAML (a path, a bare name, or the name of another size of it) with gates inserted.
+    """The text of a model YAML (a path, a bare name, or the name of another size of it) with gates put in.
 
     After a row, all that read it read the gate. Before a row, only this row reads it; one with several inputs gets a
     gate on each, or on the one that the place names. At a row, the gate takes the row's number and is read as its -1.
+    Inside a block, the row stays one: C3 becomes C3SE.
 
     Raises:
         UserError: no such place, not a gate, a gate nobody would read, or a file whose text cannot be edited.
@@ -393,6 +514,8 @@ def _check(text: str, network: _Network) -> None:
         else:
             kept = ("module", "args", "repeats", "inputs", "channels", "stride")
             assert all(getattr(row, name) == getattr(item.row, name) for name in kept), row.where
+            put = network.inner.get(item.row.index, item.row.inner)
+            assert (put and replace(put, channels=0)) == (row.inner and replace(row.inner, channels=0)), row.where
 
 
 def write(cfg: str | Path, insertions: Sequence[Insertion], file: str | Path) -> Path:
@@ -415,6 +538,8 @@ def write_arguments(file: Path, graph: Graph) -> None:
         if old.args != new.args and new.module in gates():
             place = node.value[3]
             edits.append((place.start_mark.index, place.end_mark.index, f"[{', '.join(map(str, new.args))}]"))
+        if new.inner and old.inner != new.inner:
+            edits += _mapping_edit(node.value[3], new.inner, new)
     write_texts({file: _apply(text, edits)})
 
 
@@ -423,7 +548,7 @@ def run(options: Namespace) -> None:
     if options.list_places:
         return print("\n".join(table(graphs.read(options.cfg))))
     if bool(options.module) != bool(options.places):
-        raise UserError("--module goes with --after, --before or --at. See the places with --list-places.")
+        raise UserError("--module goes with --after, --before, --at or --inside. See the places with --list-places.")
     gate = ":".join([options.module or "", *options.args])
     specs = [f"{gate}@{place}" for place in options.places or []]
     insertions = [parse(spec) for spec in specs + (options.insert or [])]

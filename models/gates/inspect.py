@@ -81,8 +81,8 @@ class GateStatistics:
 class _Recorder:
     """Collects what one gate multiplies by, image by image."""
 
-    def __init__(self, index: int, where: str, gate: nn.Module) -> None:
-        self.index, self.where, self.gate = index, where, gate
+    def __init__(self, index: int, where: str, gate: nn.Module, place: str) -> None:
+        self.index, self.where, self.gate, self.name = index, where, gate, f"{type(gate).__name__}{place}"
         self.top, self.neutral = getattr(gate, "top", None), gate.neutral if isinstance(gate, Gate) else None
         self.by_image: list[np.ndarray] = []
         self.sums: list[tuple[float, float, float]] = []
@@ -104,8 +104,8 @@ class _Recorder:
 
     def statistics(self) -> GateStatistics:
         positions, saturated, distance = np.mean(self.sums, axis=0).tolist()
-        name = type(self.gate).__name__
-        return GateStatistics(self.index, name, self.neutral, np.stack(self.by_image), positions, saturated, distance)
+        images = np.stack(self.by_image)
+        return GateStatistics(self.index, self.name, self.neutral, images, positions, saturated, distance)
 
 
 @torch.inference_mode()
@@ -116,16 +116,18 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
         UserError: the network has no gate, or none that can be read, or there is no image.
     """
     recorders = [
-        _Recorder(row.index, row.where, g) for row in model.graph.rows for g in gates_in(model.model[row.index])
+        _Recorder(row.index, row.where, gate, _place(model.model[row.index], gate))
+        for row in model.graph.rows
+        for gate in gates_in(model.model[row.index])
     ]
     closed = [row for row in model.graph.rows if built_elsewhere(model, row.index)]
-    unread = ", ".join(f"layer {row.index} {row.module}" for row in closed)
+    unread = ", ".join(f"layer {row.index} {row.name}" for row in closed)
     if not recorders and not closed:
         raise UserError(
             f"its network has no attention gate ({', '.join(gate_names())}). Give the checkpoint of one that has."
         )
     if closed:
-        lines = "; ".join(line.partition("  #")[0] for line in advice(model.model[closed[0].index])[1:])
+        lines = "; ".join(line.partition("  #")[0] for line in advice(model.gates()[closed[0].index][0])[1:])
         said = f"cannot be read: what it multiplies by is inside its forward. Add two lines to its class: {lines}"
         if not recorders:
             raise UserError(f"its {unread} {said}")
@@ -144,6 +146,13 @@ def inspect_gates(model: DetectionModel, images: Iterable[np.ndarray], imgsz: in
     if not recorders[0].sums:
         raise UserError("--source: no image to look at.")
     return [recorder.statistics() for recorder in recorders]
+
+
+def _place(layer: nn.Module, gate: nn.Module) -> str:
+    """` in m.0` for a gate inside a layer, by the key of the part that it is in; empty for the layer itself."""
+    path = next(name for name, part in layer.named_modules() if part is gate)
+    part = path.removesuffix("gate").removesuffix(".")
+    return "" if part == path else f" in {part}" if part else " inside"
 
 
 def table(statistics: Iterable[GateStatistics]) -> str:

@@ -3,21 +3,34 @@
 SE with `l2 = 0` multiplies by exactly 0.5, everywhere. Halving commutes with concatenation, upsampling and pooling, so
 it can be followed to the convolutions that read the result, whose weights for those channels are then doubled. Scaling
 by powers of two does not round: the network's output stays what it was, bit for bit, until training moves the gate.
+
+All of this is by rows: one that is a gate, or that has gates inside its blocks (models/inside.py), which start alike.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models import inside
 from models.common import Concat, Contract, Expand, Gate
 from models.grammar import LAYER_ERRORS
-from models.graph import HEADS, free_parameters, is_pasted
+from models.graph import (
+    HEADS,
+    Row,
+    free_parameters,
+    inner_options,
+    is_pasted,
+    keeps_map,
+    layer_classes,
+    options_of,
+)
 from models.pasted import explain, is_gate
 from models.yolo import DetectionModel
 
@@ -33,7 +46,7 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
 
     Args:
         model: a network whose other weights are in place.
-        index: a row that holds a gate.
+        index: a row that is a gate, or has gates inside.
         start: 'absorbed' makes it neutral and divides its constant out of the layers that read it; 'gain' makes it
             neutral and multiplies by the constant's inverse in the gate itself; 'random' leaves the gate as built.
 
@@ -43,28 +56,30 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
     """
     if start == "random":
         return "starts as built, not neutral"
-    gates, row = _chain(model.model[index]), model.graph.rows[index]
+    gates, row = _chain(model, index), model.graph.rows[index]
+    name, channels = (row.inner.gate, row.inner.channels) if row.inner else (row.module, row.channels)
     if not gates:
         return "not neutral: starts as built, without 'scale' and 'neutralise_'"
     try:
-        known = [neutral_of(gate, row.channels) for gate in gates]
+        known = [neutral_of(gate, channels) for gate in gates]
     except LAYER_ERRORS as error:
         return f"not neutral: its neutralise_ fails: {explain(error)}"
     constants = [constant for constant in known if constant is not None]
     if len(constants) < len(gates):
-        if is_pasted(row.module):
+        if is_pasted(name):
             return "not neutral: after its neutralise_, what forward gives is not one constant times its input"
-        return f"not neutral: no weights make {row.module} a constant"
+        return f"not neutral: no weights make {name} a constant"
     if start == "gain":
         if not takes_gain(model, index):
-            return f"not neutral: {row.module} takes no gain in its YAML row; use --gate absorbed"
+            return f"not neutral: {name} takes no gain in its YAML row; use --gate absorbed"
         for gate in gates:
             gate.neutralise_()
         gain = set_gain_(model, index, 1 / constants[0])
         return f"neutral by its gain of {gain:g}"
-    constant = math.prod(c * gate.gain if isinstance(gate, Gate) else c for c, gate in zip(constants, gates))
-    edits, obstacle = absorbing(model, index, constant)
-    if obstacle:
+    found = [c * gate.gain if isinstance(gate, Gate) else c for c, gate in zip(constants, gates)]
+    constant = found[0] if row.inner else math.prod(found)  # gates inside stand side by side, those of a row in a chain
+    edits, obstacle = (absorbing_inside if row.inner else absorbing)(model, index, constant)
+    if obstacle and constant != 1:
         return f"not neutral: {obstacle} cannot absorb the constant {constant:g}; use --gate gain"
     for gate in gates:
         gate.neutralise_()
@@ -74,7 +89,7 @@ def start_gate_(model: DetectionModel, index: int, start: str) -> str:
         _divide_(layer, scale)
     edited = {id(layer) for layer, _ in edits}
     rows = [row for row in model.graph.rows if any(id(part) in edited for part in model.model[row.index].modules())]
-    return f"neutral: its constant {constant:g} is absorbed by {', '.join(f'{row.index} {row.module}' for row in rows)}"
+    return f"neutral: its constant {constant:g} is absorbed by {', '.join(f'{row.index} {row.name}' for row in rows)}"
 
 
 def gates_in(layer: nn.Module) -> list[Any]:
@@ -82,9 +97,13 @@ def gates_in(layer: nn.Module) -> list[Any]:
     return [part for part in layer.modules() if is_gate(part)]
 
 
-def _chain(layer: nn.Module) -> list[Any]:
-    """The gates that a row consists of, several where its number is above 1; none where it is anything else."""
-    parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+def _chain(model: DetectionModel, index: int) -> list[Any]:
+    """The gates that a row is, or that are inside it, where all can be read as gates; else none."""
+    layer: Any = model.model[index]
+    if model.graph.rows[index].inner:
+        parts = inside.gates_inside(layer)
+    else:
+        parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
     return parts if all(is_gate(part) for part in parts) else []
 
 
@@ -108,16 +127,17 @@ def neutral_of(gate: Any, channels: int) -> float | None:
 
 def takes_gain(model: DetectionModel, index: int) -> bool:
     """Whether the YAML of row `index` may state a gain."""
-    gates = _chain(model.model[index])
+    gates = _chain(model, index)
     return bool(gates) and all(isinstance(gate, Gate) for gate in gates) and "gain" in _arguments(model, index)
 
 
 def built_elsewhere(model: DetectionModel, index: int) -> bool:
-    """Whether row `index` is a pasted class that keeps its map's channels and size, but cannot be read as a gate."""
+    """Whether row `index` is a pasted class that keeps its map's channels and size, or has such a class inside, but
+    cannot be read as a gate."""
     row = model.graph.rows[index]
-    source = model.graph.rows[row.sources[0]] if row.sources[0] >= 0 else None
-    kept = source is not None and (row.channels, row.stride) == (source.channels, source.stride)
-    return kept and is_pasted(row.module) and not gates_in(model.model[index])
+    kept = row.inner is not None or keeps_map(model.graph, row)
+    name = row.inner.gate if row.inner else row.module
+    return kept and is_pasted(name) and not gates_in(model.model[index])
 
 
 # ---------------------------------------------------------------------------------------------------------- absorption
@@ -146,6 +166,31 @@ def absorbing(model: DetectionModel, index: int, constant: float) -> tuple[Edits
         else:
             return [], f"{row.index} {row.module} ({_obstacle(layer)})"
     return edits, ""
+
+
+def absorbing_inside(model: DetectionModel, index: int, constant: float) -> tuple[Edits, str]:
+    """As `absorbing`, when the gates inside row `index` give `constant` times their maps.
+
+    What reads such a map is the next bottleneck, then the block's `cv3`, or the network behind a row of bottlenecks.
+    Where a bottleneck adds another map to it there is nothing to divide: the gate scales one part of the sum alone.
+    """
+    row, layer = model.graph.rows[index], model.model[index]
+    assert row.inner is not None
+    blocks: list[Any] = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+    in_branches, joined = row.inner.place == inside.PLACES[0], hasattr(blocks[0], "cv3")
+    branches: list[Any] = list(inside.rooms_in(layer, row.inner.place)) if in_branches else []
+    if any(getattr(branch, "add", True) for branch in branches):
+        return [], f"{index} {row.name} (its bottlenecks add another map to what the gate gives)"
+    readers = branches[1:] if not joined else []
+    for block in blocks if joined else []:
+        readers += [*(inside.rooms_in(block, row.inner.place)[1:] if in_branches else []), block.cv3]
+    edits: Edits = []
+    for reader in readers:
+        convolution = getattr(reader.cv1 if reader in branches else reader, "conv", reader)  # BottleneckCSP's is bare
+        rest = convolution.in_channels - row.inner.channels  # of the block's other path, for `cv3`
+        edits.append((convolution, torch.cat((torch.full((row.inner.channels,), constant), torch.ones(rest)))))
+    behind, obstacle = ([], "") if joined else absorbing(model, index, constant)
+    return edits + behind, obstacle
 
 
 @torch.no_grad()
@@ -245,9 +290,9 @@ def _divide_(layer: Any, scale: Tensor) -> None:
 def set_gain_(model: DetectionModel, index: int, gain: float) -> float:
     """Give the gates of row `index` a gain, in place: in the layer, in the network's YAML and in its graph.
 
-    Whatever is built from the YAML has the gain, too. The row's class must take one. Returns the gain.
+    Whatever is built from the YAML has the gain, too. The row's gate must take one. Returns the gain.
     """
-    arguments = _arguments(model, index)
+    row, arguments = model.graph.rows[index], _arguments(model, index)
     position = list(arguments).index("gain") + 1
 
     def with_gain(args: list[Any]) -> list[Any]:
@@ -256,22 +301,44 @@ def set_gain_(model: DetectionModel, index: int, gain: float) -> float:
 
     for gate in gates_in(model.model[index]):
         gate.gain = gain
+    if row.inner:
+        changed = replace(row, inner=replace(row.inner, options={**row.inner.options, "gain": gain}))
+    else:
+        changed = replace(row, args=with_gain(row.args))
     yaml = copy.deepcopy(model.yaml)
     raws = [raw for section in ("backbone", "head") for raw in yaml.get(section) or []]
-    raws[index][3] = with_gain(raws[index][3])
+    raws[index][3] = with_mapping(raws[index][3], changed) if row.inner else with_gain(raws[index][3])
     rows = list(model.graph.rows)
-    rows[index] = replace(rows[index], args=with_gain(rows[index].args))
+    rows[index] = changed
     model.graph = replace(model.graph, yaml=yaml, rows=tuple(rows))
     model.yaml = copy.deepcopy(yaml)
     return gain
 
 
+def with_mapping(args: list[Any], row: Row) -> list[Any]:
+    """The arguments of a row as written, ended by the mapping that describes the gate inside it."""
+    assert row.inner is not None
+    mapping = row.inner.stated(inside.places(layer_classes()[row.module])[0])
+    return [*(arg for arg in args if not isinstance(arg, Mapping)), *([mapping] if mapping else [])]
+
+
 def open_gain(model: DetectionModel, index: int) -> bool:
-    """Whether row `index` holds gates whose gain its YAML does not state."""
-    names = list(_arguments(model, index)) if takes_gain(model, index) else []
-    return "gain" in names and len(model.graph.rows[index].args) <= names.index("gain") + 1
+    """Whether row `index` has gates whose gain its YAML does not state."""
+    row = model.graph.rows[index]
+    if not takes_gain(model, index):
+        return False
+    if row.inner:
+        return "gain" not in row.inner.options
+    return len(row.args) <= list(_arguments(model, index)).index("gain") + 1
+
+
+def gain_of(row: Row) -> float:
+    """The gain of a row's gate."""
+    return float((inner_options(row) if row.inner else options_of(row))["gain"])
 
 
 def _arguments(model: DetectionModel, index: int) -> dict[str, Any]:
-    """The arguments a row's YAML may give after the channels, with their defaults."""
-    return {parameter.name: parameter.default for parameter in free_parameters(model.graph.rows[index].module)}
+    """The arguments that a row's YAML may give to its gate, with their defaults."""
+    row = model.graph.rows[index]
+    known = inside.parameters_of(layer_classes()[row.inner.gate]) if row.inner else free_parameters(row.module)
+    return {parameter.name: parameter.default for parameter in known}

@@ -18,8 +18,17 @@ from models import graph as graphs
 from models.checkpoints.files import Checkpoint, load_model, network_yaml, read, save
 from models.gates.alignment import align, argument_warnings, wiring_warnings
 from models.gates.copying import KEPT_ANCHORS, Copy, RowReport, class_rows, copy_rows, row_reports
-from models.gates.start import GATE_STARTS, built_elsewhere, gates_in, open_gain, set_gain_, start_gate_, takes_gain
-from models.graph import Graph, options_of
+from models.gates.start import (
+    GATE_STARTS,
+    built_elsewhere,
+    gain_of,
+    gates_in,
+    open_gain,
+    set_gain_,
+    start_gate_,
+    takes_gain,
+)
+from models.graph import Graph, same_gate
 from models.pasted import advice
 from models.yolo import Config, DetectionModel, build_model
 from utils.config import UserError, display_path
@@ -180,11 +189,10 @@ def _adopt_gains_(model: DetectionModel, source: Graph, pairs: Mapping[int, int]
     The gate's weights were trained with it: without it the network computes something else.
     """
     for old, new in pairs.items():
-        row = source.rows[old]
-        if row.module == model.graph.rows[new].module and open_gain(model, new):
-            gain = options_of(row)["gain"]
-            if gain != options_of(model.graph.rows[new])["gain"]:
-                set_gain_(model, new, gain)
+        row, here = source.rows[old], model.graph.rows[new]
+        same = row.module == here.module and same_gate(row, here)
+        if same and open_gain(model, new) and gain_of(row) != gain_of(here):
+            set_gain_(model, new, gain_of(row))
 
 
 def _usual_start(model: DetectionModel, index: int, *, aligned: bool) -> str:
@@ -213,9 +221,11 @@ def _strangers(copy: Copy, name: str, target: Graph) -> list[str]:
 
 
 def _inserted_gates(model: DetectionModel, source: Graph, pairs: Mapping[int, int]) -> list[int]:
-    """The rows of gates, pasted classes among them, that no row of the checkpoint's network is."""
-    known = {new for old, new in pairs.items() if source.rows[old].module == model.graph.rows[new].module}
-    fresh = [row.index for row in model.graph.rows if row.index not in known]
+    """The rows of gates, pasted classes among them, that no row of the checkpoint's network is, or has inside."""
+    rows = model.graph.rows
+    pairs = {old: new for old, new in pairs.items() if source.rows[old].module == rows[new].module}
+    known = {new for old, new in pairs.items() if same_gate(source.rows[old], rows[new])}
+    fresh = [row.index for row in rows if row.index not in known]
     return [index for index in fresh if gates_in(model.model[index]) or built_elsewhere(model, index)]
 
 
@@ -294,7 +304,7 @@ def start_network(
         if row.new in report.gates and row.why.startswith("not neutral"):
             LOGGER.warning(f"{model.graph.rows[row.new].where}: {row.why}.")
             if built_elsewhere(model, row.new):
-                fixes[row.module] = "\n    ".join(advice(model.model[row.new]))
+                fixes[row.module] = "\n    ".join(advice(model.gates()[row.new][0]))
     for fix in fixes.values():
         LOGGER.info(fix)
     if report.percent_parameters < min_transfer:
@@ -330,7 +340,7 @@ def run(arguments: Namespace) -> None:
     save(
         out,
         {
-            "model": _smallest(model.state_dict(), report.gates),
+            "model": _smallest(model, report.gates),
             "yaml": model.yaml,
             "names": dict(model.names),
             "stride": model.stride.tolist(),
@@ -339,9 +349,11 @@ def run(arguments: Namespace) -> None:
     LOGGER.info(f"Saved {display_path(out)}, {out.stat().st_size / 1e6:.1f}MB")
 
 
-def _smallest(tensors: Mapping[str, Tensor], gates: Sequence[int]) -> dict[str, Tensor]:
-    """As fp16, like official files, where that changes no number but those with which new gates start."""
-    fresh = tuple(f"model.{index}." for index in gates)
-    old = [t for key, t in tensors.items() if t.is_floating_point() and not key.startswith(fresh)]
+def _smallest(model: DetectionModel, rows: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors as fp16, like official files, where that changes no number but those with which new gates start."""
+    tensors, found = model.state_dict(), model.gates()
+    fresh = {id(t) for index in rows for gate in found.get(index, []) for t in gate.state_dict(keep_vars=True).values()}
+    kept = {key for key, t in model.state_dict(keep_vars=True).items() if id(t) not in fresh}
+    old = [t for key, t in tensors.items() if t.is_floating_point() and key in kept]
     lossless = all(torch.equal(tensor.half().float(), tensor) for tensor in old)
     return {key: t.half() if lossless and t.is_floating_point() else t for key, t in tensors.items()}
