@@ -71,6 +71,14 @@ def test_an_arm_may_differ_in_a_hyper_parameter_that_the_usual_file_does_not_hav
     assert arm.options == {"hyp_changes": {key: value}}
 
 
+def test_an_arm_may_load_and_train_as_everybody_does() -> None:
+    """The plain network by index, so that a head of other classes is drawn anew; YOLOv5's warm-up and steps."""
+    _, usual = arms("a.yaml", arm=("usual:cfg=a.yaml,transfer=index,short_warmup=0,last_step=0",))
+    assert usual.options["transfer"] == "index" and usual.options["hyp_changes"] == {"short_warmup": 0, "last_step": 0}
+    with pytest.raises(UserError, match="'last_step' is 2, expected 0 or 1"):
+        arms("a.yaml", arm=("usual:last_step=2",))
+
+
 @pytest.mark.parametrize(
     ("cfgs", "specs", "message"),
     [
