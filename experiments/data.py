@@ -10,7 +10,7 @@ import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 
+from experiments.registration import Look, looks, registered
 from experiments.sizes import map_by_size
 from experiments.statistics import Comparison, Judged, Rule, Run, against_first, compare
 from utils.config import UserError, YamlFile, display_path, read_yaml
@@ -127,6 +128,7 @@ class Cell:
     boxes: Boxes
     split: int | None = None
     diverged: str = ""  # why its training ended early: its scores are then 0
+    registered: str = ""  # see `experiments.registration.digest`
 
     @property
     def run(self) -> Run:
@@ -148,7 +150,16 @@ class Ablation:
     rule: Rule
     unfinished: tuple[str, ...] = ()  # cells that were begun
     planned: tuple[int, ...] = ()  # the seeds it was begun with
+    planned_splits: int = 0  # how many splits these were crossed with
     fresh: bool = False  # whether every split has a dataset of its own
+    registered: Mapping[str, Any] = field(default_factory=dict)  # before the first cell; empty in old ablations
+    looks: tuple[Look, ...] = ()  # reports before the last cell
+
+    @property
+    def planned_cells(self) -> int:
+        """How many cells it was begun with; as many as are done where that is not known."""
+        runs = len(self.planned) * max(self.planned_splits, 1)
+        return max(len(self.arms) * runs, sum(map(len, self.cells.values())))
 
     @property
     def baseline(self) -> str:
@@ -218,6 +229,7 @@ def load(folder: str | Path) -> Ablation:
         raise UserError(f"{file.where()}: expected `folds`, `recipe` and `seeds`, as ablate.py writes them.")
     against, rule = _comparisons(file, list(arms))
     cells: dict[str, dict[Run, Cell]] = {arm: {} for arm in arms}
+    carried: dict[Path, str] = {}
     done = sorted(folder.glob("cells/*/seed*/cell.json"))
     for cell_file in done:
         cell = _read_cell(cell_file)
@@ -230,7 +242,7 @@ def load(folder: str | Path) -> Ablation:
         if _labels_by_image(cell) != _labels_by_image(other):
             place = display_path(cell_file.parent / "judged.npz")
             raise UserError(f"{place}: other images or labels than of arm '{other.arm}' with the same seed. {AGAIN}")
-        cells[cell.arm][cell.run] = cell
+        cells[cell.arm][cell.run], carried[cell_file] = cell, cell.registered
     if len({isinstance(run, tuple) for of_arm in cells.values() for run in of_arm}) > 1:
         raise UserError(f"{display_path(folder)}: some cells have a split of their own and some not. {AGAIN}")
     begun = {path for path in folder.glob("cells/*/seed*") if path.is_dir()} - {path.parent for path in done}
@@ -246,7 +258,10 @@ def load(folder: str | Path) -> Ablation:
         rule=rule,
         unfinished=tuple(sorted(f"{path.parent.name} {path.name}" for path in begun)),
         planned=tuple(planned or ()),
+        planned_splits=len(splits) if isinstance(splits := file.data.get("split_seeds"), list) else 0,
         fresh=bool(file.data.get("fresh_data")),
+        registered=registered(folder, file.data, carried),
+        looks=tuple(looks(folder)),
     )
 
 
@@ -304,7 +319,7 @@ def read_arms(file: Path) -> dict[str, dict[str, Any]]:
 
 def _wrong_cost(costs: Mapping[str, Any]) -> str:
     """The key of a value that is not of its kind, or nothing."""
-    texts = {"fingerprint", "tensors", "gates_picture"}
+    texts = {"fingerprint", "start", "tensors", "gates_picture"}
     for key, value in costs.items():
         if key == "gates":
             rows: list[Any] = value if isinstance(value, list) and value else [None]
@@ -337,8 +352,8 @@ def _read_cell(file: Path) -> Cell:
     boxes = _read_boxes(file.with_name("judged.npz"))
     try:
         arm, seed, seconds, split = data["arm"], data["seed"], data["seconds"], data.get("split")
-        diverged = data.get("diverged", "")
-        if not isinstance(split, int | None) or not isinstance(diverged, str):
+        diverged, under = data.get("diverged", ""), data.get("registered", "")
+        if not isinstance(split, int | None) or not isinstance(diverged, str) or not isinstance(under, str):
             raise ValueError(f"its split and why it diverged are {split!r:.40} and {diverged!r:.40}")
         if not isinstance(arm, str) or not isinstance(seed, int) or not (seconds is None or _is_number(seconds, 0.0)):
             raise ValueError(f"its arm, seed and seconds are {arm!r:.40}, {seed!r:.40} and {seconds!r:.40}")
@@ -352,6 +367,7 @@ def _read_cell(file: Path) -> Cell:
             boxes=boxes,
             split=split,
             diverged=diverged,
+            registered=under,
         )
     except (KeyError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)

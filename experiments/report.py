@@ -47,6 +47,7 @@ COSTS = {
     "parameters": "parameters",
     "gflops": "GFLOPs",
     "latency_ms": "latency, ms",
+    "latency_ratio": "latency against the first arm's",
     "memory_mb": "memory of one image, MB",
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
@@ -172,6 +173,13 @@ def _cost(value: Any) -> str:
     return MISSING if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _cost_and_interval(costs: Mapping[str, Any], key: str) -> str:
+    """A cost, and its interval where `arms.json` has one."""
+    low, high = costs.get(f"{key}_low"), costs.get(f"{key}_high")
+    ends = f" ({_cost(low)} to {_cost(high)})" if low is not None and high is not None else ""
+    return _cost(costs.get(key)) + ends
+
+
 # ---------------------------------------------------------------------------------------------------- answer and tables
 
 
@@ -274,9 +282,12 @@ def _caveats(ablation: Ablation) -> list[Block]:
         blocks.append(
             Text(f"The training diverged, which counts as a score of 0: {', '.join(diverged)}.", warning=True)
         )
+    for look in ablation.looks:
+        seen = f"{look.done} of {look.cells} cells done"
+        blocks.append(Text(f"A report was made before the end: {look.time}, {seen}.", warning=True))
     if ablation.unfinished:
         blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
-    added = {cell.seed for cell in _cells(ablation) if cell.split is None} - set(ablation.planned)
+    added = {cell.seed for cell in _cells(ablation)} - set(ablation.planned)
     if ablation.planned and added:
         blocks.append(
             Text(
@@ -328,6 +339,8 @@ def _verdict(comparison: Comparison) -> str:
 def _judged_on(ablation: Ablation) -> tuple[str, str]:
     """Which images the numbers are of, and a warning where they are those of the training."""
     data, count = ablation.recipe.get("data"), len(ablation.images)
+    if ablation.fresh:
+        return f"images that were drawn anew for each split, {count} different ones so far, none of them trained on", ""
     if ablation.folds:
         others = f"each seed trains on {ablation.folds - 1} of {ablation.folds} parts of the training images of {data}"
         return f"images held out: {others} and is judged on the other part ({count} different images so far)", ""
@@ -386,8 +399,14 @@ def _costs(ablation: Ablation) -> list[Block]:
     for arm, cells in ablation.cells.items():
         seconds = [cell.seconds for cell in cells.values() if math.isfinite(cell.seconds)]
         median = f"{np.median(seconds):,.0f}" if seconds else MISSING
-        rows.append([arm, *(_cost(ablation.costs.get(arm, {}).get(key)) for key in known), median])
-    caption = "What an arm costs, and how much of it came from the checkpoint. The time is the median over cells."
+        costs = ablation.costs.get(arm, {})
+        rows.append([arm, *(_cost_and_interval(costs, key) for key in known), median])
+    caption = "What an arm costs, and how much of it came from the checkpoint. Seconds: the median over cells."
+    if any("latency_ms_low" in costs for costs in ablation.costs.values()):
+        caption += (
+            " Latency: the median of single images, the arms taking turns, with its 95 % interval; ratios are taken"
+            " within a turn."
+        )
     return [Heading("Cost"), Table(caption, ["arm", *known.values(), "seconds per cell"], rows)]
 
 
@@ -511,12 +530,32 @@ def _every_seed(ablation: Ablation) -> list[Block]:
     return [Heading("Every seed"), Table(caption, ["arm", "seed", *METRICS, "seconds"], rows)]
 
 
+def _registration(ablation: Ablation) -> list[Block]:
+    """What was settled before the first cell, and that it was."""
+    if not ablation.registered:
+        return []
+    stated = {key: ablation.registered.get(key) for key in ("registered", "decides", "seeds", "split_seeds", "folds")}
+    environment = ablation.registered.get("environment")
+    where = {f"then: {key}": value for key, value in environment.items()} if isinstance(environment, dict) else {}
+    compared = "; ".join(f"{arm} against {baseline}" for arm, baseline in ablation.against.items())
+    rows = {
+        **{k: v for k, v in stated.items() if v},
+        "comparisons": compared,
+        "rule": ablation.rule.in_words(),
+        **where,
+    }
+    caption = "Written into preregistered.yaml before the first cell; every cell carries that file's checksum."
+    table = Table(caption, ["what", "value"], [[name, str(value)] for name, value in rows.items()])
+    return [Heading("Registered beforehand"), table]
+
+
 def _how(ablation: Ablation, command: str, environment: Mapping[str, str]) -> list[Block]:
     arms = [
         [arm, " ".join(f"{key}={value}" for key, value in options.items())] for arm, options in ablation.arms.items()
     ]
     recipe = {"folds": ablation.folds, **ablation.recipe}
     return [
+        *_registration(ablation),
         Heading("How to repeat it"),
         Code("The command", command),
         Table("In what the arms differ; the first is the baseline.", ["arm", "options"], arms),

@@ -206,6 +206,17 @@ def seeds_needed(comparisons: int, alpha: float = 0.05) -> int:
     return n
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The median of independent measurements, and an interval that needs no distribution: two of the values, sorted.
+
+    W. Conover, Practical Nonparametric Statistics (1999), section 3.2. NaN ends where there are too few values.
+    """
+    ordered = sorted(values)
+    rank = int(scipy_stats().binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
+    ends = (ordered[rank - 1], ordered[-rank]) if rank > 0 else (math.nan, math.nan)
+    return float(np.median(ordered)), float(ends[0]), float(ends[1])
+
+
 def superiority(wins: int, ties: int, n: int, confidence: float = 0.95) -> tuple[float, float, float]:
     """The chance that the arm beats the baseline in a new split, ties being halves, and the ends of its interval.
 
