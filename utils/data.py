@@ -177,12 +177,12 @@ def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val", val_opti
         spec = spec if spec.root.exists() else spec.moved(brought)
     for missing_task, path in _missing(spec, tasks):
         source = spec.file.data.get("source")  # where it is to be had, if not in a form that could be fetched
-        raise UserError(
-            f"{spec.file.where(missing_task)}: the '{missing_task}' images are not at {path}. `path:` "
-            f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory, the "
-            f"repository, its folder datasets, and beside the YAML. Correct it. "
-            + (str(source)[:500] if source else OFFLINE_HINT)
+        advice = (
+            f"`path:` ({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory,"
+            f" the repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
         )
+        where = spec.file.where(missing_task)
+        raise UserError(f"{where}: the '{missing_task}' images are not at {path}. {source or advice}")
     return spec
 
 
