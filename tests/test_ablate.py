@@ -166,7 +166,7 @@ def test_the_checkpoint_is_judged_where_its_classes_are_those_of_the_data() -> N
     assert untouched_fits("", names) == "nothing is started from"
 
 
-# ------------------------------------------------------------------------------------------------- before and in between
+# ------------------------------------------------------------------------------------------------ before and in between
 
 
 def test_what_is_registered_stays_and_cells_carry_its_checksum(tmp_path: Path) -> None:

@@ -21,15 +21,10 @@ from utils.config import ROOT
 pytest.importorskip("scipy.stats", reason="scipy is the optional extra [ablate]")
 
 COMMAND = (
-    "ablate.py --cfg yolov5n.yaml yolov5n.yaml+SE@after:SPPF --placebo --folds 2 --seeds 2 --epochs 2 --img 64 --batch 4"
+    "ablate.py --cfg yolov5n.yaml yolov5n.yaml+SE@after:SPPF --folds 2 --seeds 2 --epochs 2 --img 64 --batch 4"
     " --workers 0 --noplots --device cpu --weights"
 )
-TIMES = (
-    "latency",
-    "memory",
-    "seconds",
-    "registered |",
-)  # what depends on when it ran, and by how many it was disturbed
+TIMES = ("latency", "memory", "seconds", "registered |", "commit |")  # decided by the clock, or changed meanwhile
 
 
 def start(data: Path, project: Path) -> subprocess.Popen[bytes]:
@@ -49,7 +44,8 @@ def kill_when(moment: Callable[[], bool], data: Path, project: Path) -> None:
     """Start the ablation, and kill all of its processes at once when something has come about."""
     run, limit = start(data, project), time.monotonic() + 500
     while not moment():
-        assert run.poll() is None and time.monotonic() < limit, "it ended before the moment came"
+        assert run.poll() is None, f"ended with {run.returncode} before the moment came"
+        assert time.monotonic() < limit
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
@@ -72,7 +68,7 @@ def test_killed_three_times_it_gives_the_same_report(own_tiny_dataset: TinyDatas
     data = own_tiny_dataset.yaml
     kill_when(lambda: (cells / "yolov5n/seed0").is_dir(), data, killed)  # the first cell has begun
     kill_when(lambda: any(cells.glob("yolov5n+SE*/seed0/weights/last.pt")), data, killed)  # within the second
-    kill_when(lambda: len(list(cells.glob("*/seed*/cell.json"))) >= 4, data, killed)  # between cells, or in another one
+    kill_when(lambda: len(list(cells.glob("*/seed*/cell.json"))) >= 2, data, killed)  # between cells, or in another one
     assert not (killed / "exp/report.md").exists()
     for project in (killed, alone):
         assert start(data, project).wait() == 0
@@ -84,7 +80,7 @@ def test_killed_three_times_it_gives_the_same_report(own_tiny_dataset: TinyDatas
     for project in (killed, alone):
         with (project / "exp/results.csv").open(encoding="utf-8", newline="") as lines:
             rows.append([{**row, "seconds": ""} for row in csv.DictReader(lines)])
-    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert rows[0] == rows[1] and len(rows[0]) == 4
     for file in alone.rglob("judged.npz"):
         with np.load(file) as ours, np.load(killed / file.relative_to(alone)) as theirs:
             assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)

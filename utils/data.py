@@ -178,8 +178,8 @@ def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val", val_opti
     for missing_task, path in _missing(spec, tasks):
         source = spec.file.data.get("source")  # where it is to be had, if not in a form that could be fetched
         advice = (
-            f"`path:` ({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory,"
-            f" the repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
+            f"`path:` ({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working"
+            f" directory, the repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
         )
         where = spec.file.where(missing_task)
         raise UserError(f"{where}: the '{missing_task}' images are not at {path}. {source or advice}")
