@@ -214,7 +214,7 @@ def _tests(
     """The comparisons, what they could have found, and the arms that are only shown."""
     blocks: list[Block] = []
     if first:
-        over_images = {} if ablation.fresh else {c.arm: _image_interval(ablation, c.arm, resamples) for c in first}
+        over_images = {} if ablation.fresh else {c.arm: image_interval(ablation, c.arm, resamples) for c in first}
         unit = first[0].unit
         images = (
             f"the one over images ({resamples} draws of the {len(ablation.images)} images) takes the {unit}s as given."
@@ -371,7 +371,8 @@ def _recipe_in_words(ablation: Ablation, images: str) -> str:
     )
 
 
-def _image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float, float]:
+def image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float, float]:
+    """Of the difference between an arm and its baseline, if other images had been drawn."""
     numbers = ablation.images
     pairs = [(base.boxes.judged(numbers), cell.boxes.judged(numbers)) for base, cell in ablation.pairs(arm)]
     return image_bootstrap_seeds(pairs, average_precision, same_images=True, resamples=resamples)

@@ -85,6 +85,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "experiments.cells",
         "experiments.page",
         "experiments.report",
+        "experiments.publish",
     ),
     "faces": (
         "models.experimental",
