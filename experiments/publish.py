@@ -29,7 +29,7 @@ from utils.runtime import LOGGER, run_script, setup_logging
 
 PAGE = ROOT / "docs/experiments.md"
 FILES = ("cells.csv", "images.csv", "costs.csv", FILE, "report.md")
-RESAMPLES = 1_000
+RESAMPLES = 300  # of the images, as in reports
 COSTS = ("parameters", "gflops", "latency_ms", "latency_ms_low", "latency_ms_high", "memory_mb")
 Rows = list[dict[str, str]]
 

@@ -36,6 +36,7 @@ from experiments.page import (
 )
 from experiments.sizes import AREAS, in_areas
 from experiments.statistics import POWER, Comparison, Run, image_bootstrap_seeds, paired_differences, seeds_needed
+from experiments.trials import UNTOUCHED
 from utils.config import UserError
 from utils.data import load_dataset
 from utils.files import write_texts
@@ -266,12 +267,18 @@ def _wins(comparison: Comparison) -> str:
 
 def _references_in_words(ablation: Ablation) -> list[Block]:
     """The arms that are only shown, in a sentence each."""
-    sentences = []
+    sentences: list[str] = []
+    blocks: list[Block] = []
     for c in ablation.compare_references(PRIMARY):
         if c.n:
             means = f"{_difference(c.mean)} against {c.baseline}"
             sentences.append(f"{c.arm}: {PRIMARY} {means}, higher in {_wins(c)} {c.unit}s; shown, not judged.")
-    return [Items(sentences)] if sentences else []
+        if c.arm == UNTOUCHED and c.mean >= ablation.rule.least:
+            harm = f"the untouched checkpoint is {_difference(c.mean)} above '{c.baseline}' in {PRIMARY}"
+            blocks.append(
+                Text(f"This recipe harms what it starts from: {harm}, in {_wins(c)} {c.unit}s.", warning=True)
+            )
+    return [*([Items(sentences)] if sentences else []), *blocks]
 
 
 def _caveats(ablation: Ablation) -> list[Block]:

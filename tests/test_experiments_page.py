@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from experiments.publish import PAGE, main, publish, published, spread, tables, with_tables
 from experiments.registration import digest, register
@@ -27,8 +28,6 @@ def registered_ablation(folder: Path) -> Path:
     """A finished ablation of two arms and six seeds, registered before its cells, with its report."""
     ablation_in(folder, SIX, gflops=4.25, latency_ms=12.5, latency_ms_low=12.0, latency_ms_high=13.0)
     stated(folder, against={"se": "plain"}, rule={"alpha": 0.05, "least": 0.005, "margin": 0.01}, seeds=[*range(6)])
-    import yaml
-
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     (folder / "recipe.yaml").rename(folder / "away.yaml")
     register(folder, recipe, {"commit": "0123abc"}, "python ablate.py")

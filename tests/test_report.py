@@ -166,6 +166,11 @@ def test_an_arm_is_compared_with_the_one_that_the_recipe_names_and_references_ar
     assert "corrected for all 2 comparisons" in text and "a mean difference of 0.001 or more" in text
     assert "untouched: mAP50-95 +0.000 against plain, higher in 0 of 6 seeds; shown, not judged." in text
     assert ["untouched", "6", "+0.000", "+0.000 to +0.000", "0 of 6", "1"] in md_rows(text, "untouched")
+    assert "harms" not in text
+    for seed in range(6):
+        write_cell(folder, "untouched", seed, 0.26)
+    text, *_ = report(folder)
+    assert "This recipe harms what it starts from: the untouched checkpoint is +0.010 above 'plain'" in text
     for wrong in ({"against": {"se": "gate"}}, {"against": ["se"]}, {"rule": {"last": 1}}, {"rule": 1}):
         stated(folder, **{"against": {"se": "frozen"}, "rule": {}, **wrong})
         with pytest.raises(UserError, match=r"recipe\.yaml.*as ablate.py writes them"):
