@@ -268,7 +268,7 @@ def load(folder: str | Path) -> Ablation:
 def _comparisons(file: YamlFile, arms: list[str]) -> tuple[dict[str, str], Rule]:
     """What is compared with what, and by which rule; ablations begun before these were written have the usual ones."""
     against, rule = file.data.get("against", against_first(arms)), file.data.get("rule", {})
-    if not isinstance(against, dict) or not {*against, *against.values()} <= set(arms):
+    if not isinstance(against, dict) or not all(name in arms for name in (*against, *against.values())):
         raise UserError(f"{file.where('against')}: expected arms and their baselines, as ablate.py writes them.")
     try:
         return dict(against), Rule(**rule)

@@ -171,7 +171,14 @@ def test_an_arm_is_compared_with_the_one_that_the_recipe_names_and_references_ar
         write_cell(folder, "untouched", seed, 0.26)
     text, *_ = report(folder)
     assert "This recipe harms what it starts from: the untouched checkpoint is +0.010 above 'plain'" in text
-    for wrong in ({"against": {"se": "gate"}}, {"against": ["se"]}, {"rule": {"last": 1}}, {"rule": 1}):
+    for wrong in (
+        {"against": {"se": "gate"}},
+        {"against": ["se"]},
+        {"against": {"se": ["plain"]}},
+        {"rule": {"least": "x"}},
+        {"rule": {"last": 1}},
+        {"rule": 1},
+    ):
         stated(folder, **{"against": {"se": "frozen"}, "rule": {}, **wrong})
         with pytest.raises(UserError, match=r"recipe\.yaml.*as ablate.py writes them"):
             load(folder)
