@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -34,11 +35,7 @@ from utils.files import write_texts
 from utils.runtime import LOGGER, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from experiments.trials import Cell
-    from models.yolo import DetectionModel
+    from experiments.trials import Arm, Cell
 
 ENDED = (
     "a training process was ended from outside, perhaps for want of memory. Give the same command again, with fewer"
@@ -58,7 +55,16 @@ def build_parser() -> ArgumentParser:
     add("--cfg", nargs="+", default=[], help="an arm per network YAML; A.yaml+SE@after:SPPF inserts a gate first")
     add("--arm", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="an arm by flags or hyper-parameters")
     add("--seeds", nargs="+", default=["3"], help="how many, or which (two or more numbers)")
+    add("--split-seeds", nargs="+", default=[], help="as --seeds, of the splits alone: each is trained with all seeds")
     add("--folds", type=int, default=0, help="split train's images anew per seed; every K-th part is held out")
+    add("--pool", action="store_true", help="with --folds: split the val images, too")
+    add("--fresh-data", action="store_true", help="draw a dataset per split (shapes.yaml; about 0.13 MB an image)")
+    add("--val-images", type=int, default=0, help="val images that --fresh-data draws per split; 0: as usual")
+    add("--against", action="append", default=[], metavar="ARM:BASELINE", help="compare ARM not with the first arm")
+    add("--placebo", action="store_true", help="an arm 'redraw': the first one with its new weights drawn anew")
+    add("--margin", type=float, default=0.01, help="arms whose mAP50-95 surely differs by less are equivalent")
+    add("--least", type=float, default=0.005, help="least mean difference to be called better or worse")
+    add("--look", action="store_true", help="only report what is finished; recorded, and told in the report")
     add("--train-is-val", action="store_true", help="insist on validating on the training images")
     add("--jobs", type=int, default=1, help="cells at once on a machine, which share its cores")
     add("--engine", choices=["local", "ray"], default="local", help="processes here, or the slots of a Ray cluster")
@@ -71,11 +77,19 @@ def build_parser() -> ArgumentParser:
 # ------------------------------------------------------------------------------------------------------------ the cells
 
 
+# Options in which arms may differ and yet train alike: what they do to the network is seen in its weights, or nothing.
+NOT_TRAINING = (
+    *("weights", "cfg", "insert", "transfer", "gate", "min_transfer", "freeze", "hyp", "label_smoothing", "data"),
+    *("seed", "init_seed", "autoanchor", "noautoanchor", "patience", "resume", "exist_ok", "project", "name"),
+    *("save_dir", "noplots", "nosave", "noval", "save_period", "workers", "cache", "device", "skip_bad", "local_rank"),
+)
+
+
 def try_arm(cell: Cell) -> dict[str, Any]:
     """Build one arm and train it on one batch, to find its mistakes before the first hour is spent.
 
     Returns:
-        What the network costs and what came from the checkpoint.
+        What the network costs, what came from the checkpoint, and how many of its weights did not.
     """
     from models.measure import Size
     from utils.downloads import find_weights
@@ -85,7 +99,8 @@ def try_arm(cell: Cell) -> dict[str, Any]:
         settings = {**cell.options, "project": folder, "name": "try", "noplots": True, "workers": 0, "cache": "none"}
         options = options_from(train.build_parser(), settings)
         train.check(options)
-        parts = train.Training(options, select_device(_device(cell)), None)
+        parts = train.Training(options, select_device(cell.device), None)
+        start = _start(parts)
         batch = next(iter(parts.loader))
         images = to_float(batch.images, parts.device)
         loss, _ = parts.trainer.compute_loss(parts.model.train()(images), batch.targets.to(parts.device))
@@ -97,41 +112,70 @@ def try_arm(cell: Cell) -> dict[str, Any]:
         recipe = json.dumps([parts.model.yaml, parts.hyp, parts.names], default=str)
     return {
         "fingerprint": hashlib.sha256(recipe.encode() + weights).hexdigest()[:16],
+        "start": start,
         "parameters": size.parameters,
+        "new": size.parameters - report.copied_parameters if report else size.parameters,
         "tensors": f"{report.copied}/{report.total}" if report else "0",
         "percent": report.percent_parameters if report else 0.0,
     }
 
 
-def _device(cell: Cell) -> str:
-    return os.environ.get("ABLATE_DEVICE") or cell.options["device"]
+def _start(parts: train.Training) -> str:
+    """A name of all that decides what a training becomes, its seed and images apart: arms of one name are the same."""
+    from utils.config import check_hyp, read_hyp
+    from utils.training import HYP_OWNERS
+
+    options = {key: value for key, value in vars(parts.options).items() if key not in NOT_TRAINING}
+    rows = [[row.module, row.args, row.sources] for row in parts.model.graph.rows]
+    trains = [parameter.requires_grad for parameter in parts.model.parameters()]
+    hyp = dict(check_hyp(read_hyp(parts.hyp), HYP_OWNERS))
+    name = hashlib.sha256(json.dumps([rows, trains, hyp, options], default=str, sort_keys=True).encode())
+    for tensor in parts.model.state_dict().values():
+        name.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return name.hexdigest()[:16]
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Train one cell, or go on with it, judge its last epoch, and write `cell.json`; what it wrote there.
 
-    The last epoch is judged and not the best one: the best of many epochs was chosen on the images it is judged on.
+    The last epoch is judged and not the best one: the best of many epochs was chosen on the images it is judged on. A
+    training that diverges has found nothing: its arm would look better without it.
     """
+    from experiments.cells import judge, weights_of
     from experiments.trials import RESULT
-    from models.checkpoints.files import read
+    from utils.engine import NonFiniteLoss
 
-    begun = time.monotonic()
+    begun, found, diverged = time.monotonic(), False, {}
     with _logging_to(cell.folder / "log.txt"):
-        last = cell.folder / "weights" / "last.pt"
-        found = read(last) if last.is_file() else None
-        if found and found.training and not _same_file(found.opt.get("data"), cell.options["data"]):
-            shutil.rmtree(cell.folder / "weights")  # the ablation was moved: its splits are elsewhere now
-            found = None
-        if found and found.training:
-            train.run(resume=str(last), device=_device(cell))
-        elif not found:
-            place = {"project": str(cell.folder.parent), "name": cell.folder.name, "exist_ok": True}
-            train.run(**{**cell.options, **place, "device": _device(cell)})
-        judged = judge(last, cell)
+        try:
+            found = _train(cell) if cell.trains else True
+            judged = judge(weights_of(cell), cell)
+        except NonFiniteLoss as error:
+            LOGGER.error(str(error))
+            judged, diverged = judge(None, cell), {"diverged": str(error)[:1000]}
     seconds = None if found else round(time.monotonic() - begun, 1)  # nobody took the time of what was there before
-    result = {"arm": cell.arm, "seed": cell.seed, "seconds": seconds, **judged}
+    run = {"arm": cell.arm, "seed": cell.seed, **({} if cell.split is None else {"split": cell.split})}
+    extra = {**({} if cell.trains else {"trained": False}), **diverged, "registered": cell.registered}
+    result = {**run, "seconds": seconds, **judged, **extra}
     write_texts({cell.folder / RESULT: json.dumps(result, indent=1)})
     return result
+
+
+def _train(cell: Cell) -> bool:
+    """Train a cell to its last epoch; whether a part of it had been trained before."""
+    from models.checkpoints.files import read
+
+    last = cell.folder / "weights" / "last.pt"
+    found = read(last) if last.is_file() else None
+    if found and found.training and not _same_file(found.opt.get("data"), cell.options["data"]):
+        shutil.rmtree(cell.folder / "weights")  # the ablation was moved: its splits are elsewhere now
+        found = None
+    if found and found.training:
+        train.run(resume=str(last), device=cell.device)
+    elif not found:
+        place = {"project": str(cell.folder.parent), "name": cell.folder.name, "exist_ok": True}
+        train.run(**{**cell.options, **place, "device": cell.device})
+    return found is not None
 
 
 def _same_file(one: Any, other: Any) -> bool:
@@ -153,136 +197,7 @@ def _logging_to(file: Path) -> Iterator[None]:
         handler.close()
 
 
-def judge(weights: Path, cell: Cell) -> dict[str, Any]:
-    """Precision, recall and mAP of a checkpoint on the cell's held-out images; `judged.npz` keeps every detection."""
-    import numpy as np
-    import torch
-
-    from models.backends import load
-    from utils import engine
-    from utils.data import prepare
-    from utils.inference import input_hw
-
-    network = load(weights, select_device(_device(cell)))
-    found: list[Any] = []
-    result = engine.judge(
-        network,
-        prepare(cell.options["data"]),
-        "val",
-        engine.EvalOptions(len(network.names), single_cls=cell.options["single_cls"], progress=False),
-        imgsz=input_hw([cell.options["imgsz"]], network)[0],
-        batch_size=16,
-        workers=0,
-        max_pixels=cell.options["max_megapixels"] * 1_000_000,
-        skip_bad=cell.options["skip_bad"],
-        prefix="",
-        on_image=found.append,
-    )
-    numbers = [len(image.detections) for image in found]
-    np.savez_compressed(
-        cell.folder / "judged.npz",
-        detections=torch.cat([image.detections[:, :6] for image in found]).numpy(),
-        detection_image=np.repeat(np.arange(len(found)), numbers),
-        truth=torch.cat([image.truth for image in found]).numpy(),
-        truth_image=np.repeat(np.arange(len(found)), [len(image.truth) for image in found]),
-        paths=np.array([image.path for image in found]),
-    )
-    scores = ("precision", "recall", "mAP50", "mAP50-95")
-    names, classes = list(network.names.values()), [int(c) for c in result.ap.classes]
-    called = {c: f"{names[c]} ({c})" if names.count(names[c]) > 1 else names[c] for c in classes}
-    return {
-        **dict(zip(scores, map(float, result.summary[:4]))),
-        "per_class": {called[c]: float(result.maps[c]) for c in classes},
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------- the report
-
-
-def measure_arms(cells: Sequence[Cell], folder: Path) -> None:
-    """Add to `arms.json` what each arm costs to run, and what its gates do on the held-out images of its first seed."""
-    import torch
-
-    from experiments.data import read_arms
-    from experiments.pools import LocalPool
-    from models.gates.inspect import HEADER, draw, inspect_gates
-    from models.gates.start import gates_in
-    from models.measure import gflops, latencies
-    from utils.data import prepare
-    from utils.images import read_image
-    from utils.labels import image_files
-
-    file = folder / "arms.json"
-    arms = read_arms(file)
-    first = {cell.arm: cell for cell in reversed(cells) if cell.done}
-    if not first:
-        return
-    device = select_device(_device(next(iter(first.values()))))
-    loaded = {arm: _network(cell, device) for arm, cell in first.items()}
-    times = latencies(*zip(*loaded.values()))
-    for (arm, (model, image)), milliseconds in zip(loaded.items(), times):
-        stride, size = max(int(model.stride.max()), 32), image.shape[-1]
-        costs = arms.setdefault(arm, {})
-        costs.update(gflops=gflops(model, model.graph.ch, (size, size), stride), latency_ms=milliseconds)
-        with LocalPool(1, torch.get_num_threads(), []) as fresh:
-            costs["memory_mb"] = fresh.submit(memory_of, first[arm]).result()
-        if gates_in(model):
-            paths = image_files(prepare(first[arm].options["data"]).split("val"))[:100]
-            found = inspect_gates(model, (read_image(path) for path in paths), size)
-            costs["gates"] = [list(HEADER), *(entry.cells() for entry in found)]
-            costs["gates_picture"] = f"gates-{first[arm].folder.parent.name}.png"
-            draw(found, folder / costs["gates_picture"])
-    write_texts({file: json.dumps(arms, indent=1)})
-
-
-def memory_of(cell: Cell) -> float | None:
-    """MB that one image takes in a trained cell's network, to be asked of a process of its own."""
-    from models.measure import image_memory
-
-    return image_memory(*_network(cell, select_device(_device(cell))))
-
-
-def _network(cell: Cell, device: torch.device) -> tuple[DetectionModel, Tensor]:
-    """The trained network of a cell, and an image of the size it was trained at."""
-    import torch
-
-    from models.checkpoints.files import load_model
-    from utils.inference import round_up
-
-    model = load_model(cell.folder / "weights/last.pt", device).to(memory_format=torch.channels_last)
-    size = round_up(cell.options["imgsz"], max(int(model.stride.max()), 32))
-    image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    return model, image
-
-
-def draw_samples(cells: Sequence[Cell], folder: Path, count: int = 2) -> list[tuple[str, Path]]:
-    """Held-out images of the first seed with its labels and with what each arm found, side by side."""
-    import numpy as np
-    import torch
-
-    from models.checkpoints.files import load_model
-    from utils.drawing import plot_batch
-    from utils.images import read_image
-
-    seed = next((cell.seed for cell in cells if cell.done), None)
-    shown = [cell for cell in cells if cell.done and cell.seed == seed]
-    if not shown:
-        return []
-    names = load_model(shown[0].folder / "weights/last.pt").names
-    judged = [np.load(cell.folder / "judged.npz") for cell in shown]
-    busiest = np.bincount(judged[0]["truth_image"], minlength=len(judged[0]["paths"])).argsort()[::-1]
-    pictures = []
-    for number in busiest[:count]:
-        path = Path(str(judged[0]["paths"][number]))
-        boxes = [judged[0]["truth"][judged[0]["truth_image"] == number]]
-        for file in judged:
-            found = file["detections"][file["detection_image"] == number]
-            boxes.append(np.concatenate((found[:, 5:6], found[:, :5]), 1))
-        image = torch.from_numpy(read_image(path)[..., ::-1].copy()).permute(2, 0, 1)
-        titles, picture = ["labels", *(cell.arm for cell in shown)], folder / f"sample-{path.stem}.jpg"
-        plot_batch(image.expand(len(titles), -1, -1, -1), boxes, titles, names, picture)
-        pictures.append((f"{path.name}, held out by seed {seed}: the labels, then what each arm found", picture))
-    return pictures
 
 
 def _commit() -> str:
@@ -291,27 +206,31 @@ def _commit() -> str:
     return done.stdout.strip() if done and done.returncode == 0 else "not a git checkout"
 
 
-def write_report(cells: Sequence[Cell], folder: Path, command: str) -> None:
-    """report.md, results.csv and report.html of everything that is finished."""
+def environment() -> dict[str, str]:
+    """Versions, machine and commit."""
     import platform
 
     import numpy
     import torch
 
-    from experiments import report
-
-    measure_arms(cells, folder)
-    environment = {
+    return {
         "commit": _commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "Python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
     }
-    files = report.write(
-        report.load(folder), folder, command=command, environment=environment, pictures=draw_samples(cells, folder)
-    )
+
+
+def write_report(cells: Sequence[Cell], folder: Path, command: str) -> None:
+    """report.md, results.csv and report.html of everything that is finished."""
+    from experiments import report
+    from experiments.cells import draw_samples, measure_arms
+
+    measure_arms(cells, folder)
+    pictures = draw_samples(cells, folder)
+    files = report.write(report.load(folder), folder, command=command, environment=environment(), pictures=pictures)
     LOGGER.info(f"Report: {', '.join(display_path(file) for file in files)}")
 
 
@@ -323,15 +242,33 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     words = sys.argv[1:] if argv is None else argv
     own, rest = build_parser().parse_known_args(words)
-    ablate(own, vars(train.build_parser().parse_args(rest)), words)
+    if own.look:
+        look(Path(own.project) / own.name)
+    else:
+        ablate(own, vars(train.build_parser().parse_args(rest)), words)
+
+
+def look(folder: Path) -> None:
+    """Report what is finished of an ablation, which may be running, and remember that it was looked at."""
+    from experiments import report
+    from experiments.registration import note_look
+
+    ablation = report.load(folder)
+    done = sum(map(len, ablation.cells.values()))
+    note_look(folder, done, ablation.planned_cells)
+    command = str(ablation.registered.get("command", "not registered"))
+    files = report.write(report.load(folder), folder, command=command, environment=environment())
+    LOGGER.info(f"{done} of {ablation.planned_cells} cells are done. Report: {display_path(files[0])}")
 
 
 def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequence[str] = ()) -> Path:
     """Run what is missing of an ablation, whose recipe are train.py's `options`, and report it; its folder."""
-    from experiments.statistics import scipy_stats
+    from experiments.registration import digest, register
+    from experiments.statistics import Rule, scipy_stats
     from experiments.trials import (
         PER_ARM,
         PER_CELL,
+        against_of,
         alone_in,
         arms_of,
         check_flags,
@@ -339,47 +276,94 @@ def ablate(own: argparse.Namespace, options: Mapping[str, Any], command: Sequenc
         make_cells,
         plain_recipe,
         planned_of,
+        runs_of,
         seeds_of,
         threads_of,
-        write_splits,
     )
     from utils.files import write_yaml
 
-    check_minimum(own, jobs=1, folds=0)
+    check_minimum(own, jobs=1, folds=0, val_images=0)
     check_flags(own, options, train.build_parser())
     scipy_stats()  # its absence should not be found after hours of training
     recipe = {key: value for key, value in options.items() if key not in (*PER_ARM, *PER_CELL)}
     arms = arms_of(own.cfg, own.arm, train.build_parser())
+    rule, against = Rule(least=own.least, margin=own.margin), against_of(own.against, [arm.name for arm in arms])
     seeds, folder = seeds_of(own.seeds), Path(own.project) / own.name
+    split_seeds = seeds_of(own.split_seeds, "--split-seeds") if own.split_seeds else []
     with alone_in(folder):
+        arms += _references(own, arms[0], recipe)
         threads = threads_of(folder, max((os.cpu_count() or 1) // own.jobs, 1))
         fixed = {
             "seeds": planned_of(folder, seeds),
+            **({"split_seeds": split_seeds} if split_seeds else {}),
             "arms": {arm.name: arm.options for arm in arms},
-            "folds": own.folds,
+            "against": against,
+            "rule": dataclasses.asdict(rule),
+            **_images(own),
             "threads": threads,
             "recipe": recipe,
         }
         check_recipe(folder, fixed)
-        splits = write_splits(recipe["data"], seeds, own.folds, folder / "splits", insist=own.train_is_val)
-        cells = make_cells(arms, splits, recipe, folder)
+        runs = runs_of(seeds, split_seeds)
+        splits = _splits(own, recipe["data"], dict.fromkeys(runs.values()), folder)
+        cells = make_cells(arms, {run: splits[split] for run, split in runs.items()}, recipe, folder)
         todo = [cell for cell in cells if not cell.done]
-        LOGGER.info(f"{len(cells)} cells: {len(arms)} arms x {len(seeds)} seeds, {len(cells) - len(todo)} done already")
+        LOGGER.info(f"{len(cells)} cells: {len(arms)} arms x {len(runs)} runs, {len(cells) - len(todo)} done already")
+        typed = shlex.join(["python", "ablate.py", *command])
         with _pool(own, threads) as pool:
             if todo:
-                _try_arms(pool, [next(cell for cell in cells if cell.arm == arm.name) for arm in arms], folder)
+                firsts = [next(cell for cell in cells if cell.arm == arm.name) for arm in arms]
+                _try_arms(pool, [cell for cell in firsts if cell.trains], folder)
+                register(folder, plain_recipe(fixed), environment(), typed)
                 write_yaml(folder / "recipe.yaml", plain_recipe(fixed))
-            failed = _run_all(pool, todo)
-        for cell, why in failed:
-            log = display_path(cell.folder / "log.txt")
-            LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
-        if any(cell.done for cell in cells):
-            write_report(cells, folder, shlex.join(["python", "ablate.py", *command]))
-        if failed:
-            raise UserError(
-                f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again."
-            )
+            under = digest(folder)
+            failed = _run_all(pool, [dataclasses.replace(cell, registered=under) for cell in todo])
+        _conclude(cells, failed, folder, typed)
     return folder
+
+
+def _conclude(cells: Sequence[Cell], failed: Sequence[tuple[Cell, str]], folder: Path, command: str) -> None:
+    """Report what is finished, and say what failed."""
+    from experiments.registration import note_look
+
+    for cell, why in failed:
+        log = display_path(cell.folder / "log.txt")
+        LOGGER.error(f"{cell.arm} seed {cell.seed} failed: {why.rstrip('.')}. Its log: {log}")
+    if any(cell.done for cell in cells):
+        note_look(folder, sum(cell.done for cell in cells), len(cells))
+        write_report(cells, folder, command)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed, see above. The same command tries them again.")
+
+
+def _images(own: argparse.Namespace) -> dict[str, Any]:
+    """What a recipe says of its images; older ones lack what is not asked for."""
+    drawn = {"fresh_data": True, "val_images": own.val_images} if own.fresh_data else {}
+    return {"folds": own.folds, **({"pool": True} if own.pool else {}), **drawn}
+
+
+def _references(own: argparse.Namespace, baseline: Arm, recipe: Mapping[str, Any]) -> list[Arm]:
+    """The arms that are shown beside those that are compared: a placebo, and the checkpoint as it comes."""
+    from experiments.trials import PLACEBO, UNTOUCHED, Arm, untouched_fits
+    from utils.data import load_dataset
+
+    arms = [Arm(PLACEBO, dict(baseline.options))] if own.placebo else []
+    weights = {**recipe, **baseline.options}["weights"]
+    names = load_dataset(recipe["data"], val_optional=True).names
+    single = recipe["single_cls"] and len(names) > 1
+    reason = "--single-cls" if single else untouched_fits(weights, names)
+    if not reason:
+        return [*arms, Arm(UNTOUCHED, {"weights": weights})]
+    LOGGER.info(f"No arm '{UNTOUCHED}': {weights or 'no checkpoint'} cannot be judged as it comes ({reason}).")
+    return arms
+
+
+def _splits(own: argparse.Namespace, data: str, seeds: Iterable[int], folder: Path) -> dict[int, str]:
+    from experiments.trials import draw_splits, write_splits
+
+    if own.fresh_data:
+        return draw_splits(data, seeds, own.val_images, folder / "data")
+    return write_splits(data, seeds, own.folds, folder / "splits", insist=own.train_is_val, pool=own.pool)
 
 
 def _pool(own: argparse.Namespace, threads: int) -> Executor:
@@ -404,6 +388,7 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
         except Exception as error:
             raise RuntimeError(f"arm '{cell.arm}' failed on its first batch") from error
         LOGGER.info(f"arm '{cell.arm}': {_in_words(found[cell.arm])}")
+    _check_starts(found)
     file = folder / "arms.json"
     before = read_arms(file)
     for arm, tried in found.items():
@@ -413,6 +398,26 @@ def _try_arms(pool: Executor, cells: Sequence[Cell], folder: Path) -> None:
                 " begun with. Put them back, or give --name a new name."
             )
     write_texts({file: json.dumps(found, indent=1)})
+
+
+def _check_starts(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse arms that would be trained alike: hours for a difference of nothing."""
+    from experiments.trials import PLACEBO
+
+    first = next(iter(found))
+    if PLACEBO in found and not found[first].get("new"):
+        raise UserError(
+            f"--placebo: '{first}' has no weights that do not come from its checkpoint, so none could be drawn anew."
+            " How much a training scatters by itself, seeds of one split show: --split-seeds 8 --seeds 2."
+        )
+    names: dict[str, str] = {}
+    for arm, tried in found.items():
+        other = names.setdefault(tried["start"], arm)
+        if other != arm:
+            raise UserError(
+                f"the arms '{other}' and '{arm}' begin with the same network and train alike (fingerprint"
+                f" {tried['start']}), so they would give the same numbers. Leave one out, or change it."
+            )
 
 
 def _in_words(tried: Mapping[str, Any]) -> str:

@@ -94,6 +94,7 @@ def build_parser() -> ArgumentParser:
     add("--freeze", nargs="+", type=int, default=[0], help="N: layers 0 to N-1; several numbers: exactly these")
     add("--save-period", type=int, default=-1, help="also keep every n-th epoch's checkpoint")
     add("--seed", type=int, default=0, help="seed of everything random")
+    add("--init-seed", type=int, help="another seed for the weights that do not come from --weights")
     add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
     add("--max-megapixels", type=int, default=100, help="image files with more are left out; 100 take up to 1 GB")
     add("--local_rank", "--local-rank", type=int, default=-1, help="set by old launchers; not needed")
@@ -230,7 +231,7 @@ class Training:
         except NonFiniteLoss as error:
             last = self.save_dir / "weights/last.pt"
             kept = f" The last good checkpoint is {display_path(last)}." if last.exists() else ""
-            raise UserError(f"epoch {epoch}: {error}{kept}") from None
+            raise NonFiniteLoss(f"epoch {epoch}: {error}{kept}") from None
         self.log.trained(self.trainer.row, len(self.loader))
         return losses
 
@@ -361,7 +362,7 @@ class Training:
         settings: dict[str, Any] = {
             "anchors": self.hyp.get("anchors") or None,
             "verbose": self.main,
-            "seed": options.seed,
+            "seed": options.seed if options.init_seed is None else options.init_seed,
         }
         cfg = self._inserted() if options.insert and not self.resumed else options.cfg
         if self.resumed is not None:

@@ -10,7 +10,7 @@ import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import torch
 
+from experiments.registration import Look, looks, registered
 from experiments.sizes import map_by_size
-from experiments.statistics import Judged
-from utils.config import UserError, display_path, read_yaml
+from experiments.statistics import Comparison, Judged, Rule, Run, against_first, compare
+from utils.config import UserError, YamlFile, display_path, read_yaml
 from utils.metrics import IOU_THRESHOLDS, AveragePrecision, match
 from utils.recorder import MAX_BYTES
 
@@ -116,15 +117,23 @@ def average_precision(correct: np.ndarray, conf: np.ndarray, cls: np.ndarray, ta
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One arm trained with one seed."""
+    """One arm trained with one seed, on one split where several seeds share one."""
 
     arm: str
     seed: int
-    seconds: float  # NaN where it was trained in several goes
+    seconds: float  # NaN where it was trained in several goes, or not at all
     scores: dict[str, float]  # by METRICS
     per_class: dict[str, float]  # mAP50-95 of the classes that have labels
-    curve: np.ndarray  # (epochs,) mAP50
+    curve: np.ndarray  # (epochs,) mAP50; empty where nothing was trained
     boxes: Boxes
+    split: int | None = None
+    diverged: str = ""  # why its training ended early: its scores are then 0
+    registered: str = ""  # see `experiments.registration.digest`
+
+    @property
+    def run(self) -> Run:
+        """By what it is paired with the cells of other arms."""
+        return self.seed if self.split is None else (self.split, self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +145,44 @@ class Ablation:
     folds: int
     recipe: dict[str, Any]
     costs: dict[str, dict[str, Any]]  # by arm, see COSTS; `gates` besides
-    cells: dict[str, dict[int, Cell]]  # by arm and seed, both in order
+    cells: dict[str, dict[Run, Cell]]  # by arm and run, both in order
+    against: dict[str, str]  # the comparisons: arm -> its baseline
+    rule: Rule
     unfinished: tuple[str, ...] = ()  # cells that were begun
     planned: tuple[int, ...] = ()  # the seeds it was begun with
+    planned_splits: int = 0  # how many splits these were crossed with
+    fresh: bool = False  # whether every split has a dataset of its own
+    registered: Mapping[str, Any] = field(default_factory=dict)  # before the first cell; empty in old ablations
+    looks: tuple[Look, ...] = ()  # reports before the last cell
+
+    @property
+    def planned_cells(self) -> int:
+        """How many cells it was begun with; as many as are done where that is not known."""
+        runs = len(self.planned) * max(self.planned_splits, 1)
+        return max(len(self.arms) * runs, sum(map(len, self.cells.values())))
 
     @property
     def baseline(self) -> str:
+        """The first arm, with which arms are compared unless `against` says otherwise."""
         return next(iter(self.arms))
+
+    @property
+    def references(self) -> list[str]:
+        """Arms that are shown and not judged: placebos, and the checkpoint itself."""
+        return [arm for arm in list(self.arms)[1:] if arm not in self.against]
+
+    def baseline_of(self, arm: str) -> str:
+        """What an arm is compared with."""
+        return self.against.get(arm, self.baseline)
+
+    def compare(self, metric: str) -> list[Comparison]:
+        """Every comparison, corrected for their number."""
+        return compare(self.values(metric), self.against, rule=self.rule)
+
+    def compare_references(self, metric: str) -> list[Comparison]:
+        """Each reference against the first arm, by itself and so uncorrected."""
+        found = [compare(self.values(metric), {arm: self.baseline}, rule=self.rule) for arm in self.references]
+        return [comparison for several in found for comparison in several]
 
     @cached_property
     def images(self) -> dict[str, int]:
@@ -160,14 +200,14 @@ class Ablation:
             seen.update(boxes.paths)
         return np.concatenate(rows)
 
-    def values(self, metric: str) -> dict[str, dict[int, float]]:
+    def values(self, metric: str) -> dict[str, dict[Run, float]]:
         """`experiments.statistics`' form of a metric."""
-        return {arm: {seed: cell.scores[metric] for seed, cell in cells.items()} for arm, cells in self.cells.items()}
+        return {arm: {run: cell.scores[metric] for run, cell in cells.items()} for arm, cells in self.cells.items()}
 
     def pairs(self, arm: str) -> list[tuple[Cell, Cell]]:
-        """(baseline, arm) of every seed that both have."""
-        ours, theirs = self.cells[arm], self.cells[self.baseline]
-        return [(theirs[seed], cell) for seed, cell in ours.items() if seed in theirs]
+        """(its baseline, arm) of every run that both have."""
+        ours, theirs = self.cells[arm], self.cells[self.baseline_of(arm)]
+        return [(theirs[run], cell) for run, cell in ours.items() if run in theirs]
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -187,20 +227,24 @@ def load(folder: str | Path) -> Ablation:
         raise UserError(f"{file.where('arms')}: expected `arms`, and the options of each, as ablate.py writes them.")
     if not isinstance(recipe, dict) or not isinstance(folds, int) or not _is_seeds(planned):
         raise UserError(f"{file.where()}: expected `folds`, `recipe` and `seeds`, as ablate.py writes them.")
-    cells: dict[str, dict[int, Cell]] = {arm: {} for arm in arms}
+    against, rule = _comparisons(file, list(arms))
+    cells: dict[str, dict[Run, Cell]] = {arm: {} for arm in arms}
+    carried: dict[Path, str] = {}
     done = sorted(folder.glob("cells/*/seed*/cell.json"))
     for cell_file in done:
         cell = _read_cell(cell_file)
-        if cell.arm not in cells or cell.seed in cells[cell.arm]:
+        if cell.arm not in cells or cell.run in cells[cell.arm]:
             problem = "is there twice" if cell.arm in cells else "is no arm of recipe.yaml"
             raise UserError(
                 f"{display_path(cell_file)}: '{cell.arm}' seed {cell.seed} {problem}. Move the folder away."
             )
-        other = next((cells[arm][cell.seed] for arm in arms if cell.seed in cells[arm]), cell)
+        other = next((cells[arm][cell.run] for arm in arms if cell.run in cells[arm]), cell)
         if _labels_by_image(cell) != _labels_by_image(other):
             place = display_path(cell_file.parent / "judged.npz")
             raise UserError(f"{place}: other images or labels than of arm '{other.arm}' with the same seed. {AGAIN}")
-        cells[cell.arm][cell.seed] = cell
+        cells[cell.arm][cell.run], carried[cell_file] = cell, cell.registered
+    if len({isinstance(run, tuple) for of_arm in cells.values() for run in of_arm}) > 1:
+        raise UserError(f"{display_path(folder)}: some cells have a split of their own and some not. {AGAIN}")
     begun = {path for path in folder.glob("cells/*/seed*") if path.is_dir()} - {path.parent for path in done}
     costs = read_arms(folder / "arms.json")
     return Ablation(
@@ -209,10 +253,27 @@ def load(folder: str | Path) -> Ablation:
         folds=folds,
         recipe=recipe,
         costs={arm: costs[arm] for arm in arms if arm in costs},
-        cells={arm: dict(sorted(of_arm.items())) for arm, of_arm in cells.items()},
+        cells={arm: {run: of_arm[run] for run in sorted(of_arm)} for arm, of_arm in cells.items()},
+        against=against,
+        rule=rule,
         unfinished=tuple(sorted(f"{path.parent.name} {path.name}" for path in begun)),
         planned=tuple(planned or ()),
+        planned_splits=len(splits) if isinstance(splits := file.data.get("split_seeds"), list) else 0,
+        fresh=bool(file.data.get("fresh_data")),
+        registered=registered(folder, file.data, carried),
+        looks=tuple(looks(folder)),
     )
+
+
+def _comparisons(file: YamlFile, arms: list[str]) -> tuple[dict[str, str], Rule]:
+    """What is compared with what, and by which rule; ablations begun before these were written have the usual ones."""
+    against, rule = file.data.get("against", against_first(arms)), file.data.get("rule", {})
+    if not isinstance(against, dict) or not all(name in arms for name in (*against, *against.values())):
+        raise UserError(f"{file.where('against')}: expected arms and their baselines, as ablate.py writes them.")
+    try:
+        return dict(against), Rule(**rule)
+    except TypeError:
+        raise UserError(f"{file.where('rule')}: expected alpha, least and margin, as ablate.py writes them.") from None
 
 
 def _labels_by_image(cell: Cell) -> tuple[list[str], Counter[str]]:
@@ -258,7 +319,7 @@ def read_arms(file: Path) -> dict[str, dict[str, Any]]:
 
 def _wrong_cost(costs: Mapping[str, Any]) -> str:
     """The key of a value that is not of its kind, or nothing."""
-    texts = {"fingerprint", "tensors", "gates_picture"}
+    texts = {"fingerprint", "start", "tensors", "gates_picture"}
     for key, value in costs.items():
         if key == "gates":
             rows: list[Any] = value if isinstance(value, list) and value else [None]
@@ -286,9 +347,14 @@ def _score(value: Any) -> float:
 
 def _read_cell(file: Path) -> Cell:
     data = read_json(file)
-    curve, boxes = _read_curve(file.with_name("results.csv")), _read_boxes(file.with_name("judged.npz"))
+    trained = data.get("trained", True) and not data.get("diverged")
+    curve = _read_curve(file.with_name("results.csv")) if trained else np.zeros(0)
+    boxes = _read_boxes(file.with_name("judged.npz"))
     try:
-        arm, seed, seconds = data["arm"], data["seed"], data["seconds"]
+        arm, seed, seconds, split = data["arm"], data["seed"], data["seconds"], data.get("split")
+        diverged, under = data.get("diverged", ""), data.get("registered", "")
+        if not isinstance(split, int | None) or not isinstance(diverged, str) or not isinstance(under, str):
+            raise ValueError(f"its split and why it diverged are {split!r:.40} and {diverged!r:.40}")
         if not isinstance(arm, str) or not isinstance(seed, int) or not (seconds is None or _is_number(seconds, 0.0)):
             raise ValueError(f"its arm, seed and seconds are {arm!r:.40}, {seed!r:.40} and {seconds!r:.40}")
         cell = Cell(
@@ -299,6 +365,9 @@ def _read_cell(file: Path) -> Cell:
             per_class={name: _score(value) for name, value in data["per_class"].items()},
             curve=curve,
             boxes=boxes,
+            split=split,
+            diverged=diverged,
+            registered=under,
         )
     except (KeyError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)

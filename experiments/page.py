@@ -252,8 +252,7 @@ def _markdown(block: Block, folder: Path) -> str:
         case Items(texts):
             return "\n".join(f"- {_plain(text)}" for text in texts)
         case Table(caption, header, rows):
-            head, *body = ("| " + " | ".join(map(_plain, row)) + " |" for row in (header, *rows))
-            return "\n".join([_plain(caption), "", head, "| --- |" + " ---: |" * (len(header) - 1), *body])
+            return f"{_plain(caption)}\n\n{table_markdown(header, rows)}"
         case Charts(caption):
             return f"{_plain(caption)} Drawn in [report.html](report.html)."
         case Picture(caption, file):
@@ -261,6 +260,12 @@ def _markdown(block: Block, folder: Path) -> str:
         case Code(caption, text):
             code = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
             return f"{_plain(caption)}:\n\n{code}"
+
+
+def table_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub's Markdown, without its caption."""
+    head, *body = ("| " + " | ".join(map(_plain, row)) + " |" for row in (header, *rows))
+    return "\n".join([head, "| --- |" + " ---: |" * (len(header) - 1), *body])
 
 
 def _plain(text: str) -> str:

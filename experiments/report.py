@@ -35,7 +35,8 @@ from experiments.page import (
     page,
 )
 from experiments.sizes import AREAS, in_areas
-from experiments.statistics import Comparison, compare, image_bootstrap_seeds, paired_differences, seeds_needed
+from experiments.statistics import POWER, Comparison, Run, image_bootstrap_seeds, paired_differences, seeds_needed
+from experiments.trials import UNTOUCHED
 from utils.config import UserError
 from utils.data import load_dataset
 from utils.files import write_texts
@@ -47,6 +48,7 @@ COSTS = {
     "parameters": "parameters",
     "gflops": "GFLOPs",
     "latency_ms": "latency, ms",
+    "latency_ratio": "latency against the first arm's",
     "memory_mb": "memory of one image, MB",
     "tensors": "tensors transferred",
     "percent": "% of parameters transferred",
@@ -111,10 +113,12 @@ def _results_csv(ablation: Ablation) -> str:
     """One row per cell, numbers unrounded."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["arm", "seed", *METRICS, "seconds"])
+    crossed = any(cell.split is not None for cell in _cells(ablation))
+    table.writerow(["arm", *(["split"] if crossed else []), "seed", *METRICS, "seconds"])
     for cell in _cells(ablation):
         seconds = cell.seconds if math.isfinite(cell.seconds) else ""
-        table.writerow([cell.arm, cell.seed, *(cell.scores[name] for name in METRICS), seconds])
+        run = [cell.split, cell.seed] if crossed else [cell.seed]
+        table.writerow([cell.arm, *run, *(cell.scores[name] for name in METRICS), seconds])
     return text.getvalue()
 
 
@@ -151,6 +155,11 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
+def run_name(run: Run) -> str:
+    """`3` for a seed, `split 2 seed 1` where they are crossed."""
+    return f"split {run[0]} seed {run[1]}" if isinstance(run, tuple) else str(run)
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
@@ -165,22 +174,124 @@ def _cost(value: Any) -> str:
     return MISSING if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _cost_and_interval(costs: Mapping[str, Any], key: str) -> str:
+    """A cost, and its interval where `arms.json` has one."""
+    low, high = costs.get(f"{key}_low"), costs.get(f"{key}_high")
+    ends = f" ({_cost(low)} to {_cost(high)})" if low is not None and high is not None else ""
+    return _cost(costs.get(key)) + ends
+
+
 # ---------------------------------------------------------------------------------------------------- answer and tables
 
 
 def _results(ablation: Ablation, resamples: int) -> list[Block]:
     """The answer in words, then the scores and the comparisons."""
-    first, second = (compare(ablation.values(metric), ablation.baseline) for metric in (PRIMARY, SECOND))
+    first, second = ablation.compare(PRIMARY), ablation.compare(SECOND)
     images, remembered = _judged_on(ablation)
     empty = _nothing_found(ablation)
-    headline = NOTHING_FOUND if empty else _headline(first, ablation.baseline)
+    headline = NOTHING_FOUND if empty else _headline(first)
     blocks: list[Block] = [Text(headline, warning=empty or not first)]
     if remembered:
         blocks.append(Text(remembered, warning=True))
     blocks.append(Text(_recipe_in_words(ablation, images)))
     if first and not empty:
-        blocks.append(Items([c.sentence(PRIMARY) for c in first]))
+        blocks += [Items([c.sentence(PRIMARY) for c in first]), *_references_in_words(ablation)]
         blocks += [Text(f"And in {SECOND}, which does not decide:"), Items([c.sentence(SECOND) for c in second])]
+    blocks += _caveats(ablation)
+    rows = [
+        [arm, str(len(cells)), *(_spread([cell.scores[name] for cell in cells.values()]) for name in METRICS)]
+        for arm, cells in ablation.cells.items()
+    ]
+    caption = "Mean ± standard deviation over seeds. Precision and recall are at the confidence with the best mean F1."
+    blocks += [Heading("Results"), Table(caption, ["arm", "seeds", *METRICS], rows)]
+    if not empty:
+        blocks += _tests(ablation, first, second, resamples)
+    return blocks
+
+
+def _tests(
+    ablation: Ablation, first: Sequence[Comparison], second: Sequence[Comparison], resamples: int
+) -> list[Block]:
+    """The comparisons, what they could have found, and the arms that are only shown."""
+    blocks: list[Block] = []
+    if first:
+        over_images = {} if ablation.fresh else {c.arm: image_interval(ablation, c.arm, resamples) for c in first}
+        unit = first[0].unit
+        images = (
+            f"the one over images ({resamples} draws of the {len(ablation.images)} images) takes the {unit}s as given."
+            if over_images
+            else f"every {unit} has images of its own, so it covers their luck, too."
+        )
+        caption = (
+            f"{PRIMARY}: arm minus the arm it is compared with, within each {unit}. {ablation.rule.in_words()}"
+            f" Both p are corrected for all {_count(len(first), 'comparison')}. The intervals only describe: the one"
+            f" over {unit}s inverts the sign-flip test; {images}"
+        )
+        caption_second = f"{SECOND}: the same, corrected within this table. It does not decide."
+        blocks += [_comparisons(caption, first, over_images), _comparisons(caption_second, second, {})]
+        blocks.append(_power(first))
+    references = ablation.compare_references(PRIMARY)
+    if references:
+        caption = (
+            f"{PRIMARY} of arms that are no comparison of this ablation, against '{ablation.baseline}': p is not"
+            " corrected, and nothing is decided by it."
+        )
+        rows = [[c.arm, str(c.n), _difference(c.mean), _interval(c.interval), _wins(c), _p(c.p)] for c in references]
+        header = ["arm", f"{references[0].unit}s", "difference", "95 % interval", "higher in", "p"]
+        blocks.append(Table(caption, header, rows))
+    return blocks
+
+
+def _power(comparisons: Sequence[Comparison]) -> Table:
+    """What the table could have found, from its own spread."""
+    rule, unit = comparisons[0].rule, comparisons[0].unit
+    caption = (
+        f"What these {unit}s could show, if the spread of the differences is the true one and they are normal:"
+        f" 'detectable' is the smallest true difference that is called better or worse in {POWER:.0%} of such"
+        f" ablations, and the next column how often an arm that does not differ is called equivalent within"
+        f" {rule.margin:g}. 'Chance to be higher' is that of one new {unit}, with its exact 95 % interval."
+    )
+    rows = []
+    for c in comparisons:
+        share, low, high = c.superiority
+        chance = f"{share:.0%} ({low:.0%} to {high:.0%})" if c.n else MISSING
+        power = f"{c.chance_of_equivalence:.0%}" if c.n > 1 else MISSING
+        rows.append([c.arm, _number(c.spread), _number(c.detectable), power, _wins(c), chance])
+    header = ["arm", "standard deviation", "detectable", "equivalence found", "higher in", "chance to be higher"]
+    return Table(caption, header, rows)
+
+
+def _wins(comparison: Comparison) -> str:
+    return f"{comparison.wins} of {comparison.n}"
+
+
+def _references_in_words(ablation: Ablation) -> list[Block]:
+    """The arms that are only shown, in a sentence each."""
+    sentences: list[str] = []
+    blocks: list[Block] = []
+    for c in ablation.compare_references(PRIMARY):
+        if c.n:
+            means = f"{_difference(c.mean)} against {c.baseline}"
+            sentences.append(f"{c.arm}: {PRIMARY} {means}, higher in {_wins(c)} {c.unit}s; shown, not judged.")
+        if c.arm == UNTOUCHED and c.mean >= ablation.rule.least:
+            harm = f"the untouched checkpoint is {_difference(c.mean)} above '{c.baseline}' in {PRIMARY}"
+            blocks.append(
+                Text(f"This recipe harms what it starts from: {harm}, in {_wins(c)} {c.unit}s.", warning=True)
+            )
+    return [*([Items(sentences)] if sentences else []), *blocks]
+
+
+def _caveats(ablation: Ablation) -> list[Block]:
+    """What a reader has to hold against the numbers."""
+    blocks: list[Block] = []
+    diverged = [f"{cell.arm} {run_name(cell.run)}" for cell in _cells(ablation) if cell.diverged]
+    if diverged:
+        blocks.append(
+            Text(f"The training diverged, which counts as a score of 0: {', '.join(diverged)}.", warning=True)
+        )
+    for look in ablation.looks:
+        seen = f"{look.done} of {look.cells} cells done"
+        blocks.append(Text(f"A report was made before the end: {look.time}, {seen}.", warning=True))
     if ablation.unfinished:
         blocks.append(Text(f"Begun, but not done, and left out: {', '.join(ablation.unfinished)}.", warning=True))
     added = {cell.seed for cell in _cells(ablation)} - set(ablation.planned)
@@ -192,23 +303,7 @@ def _results(ablation: Ablation, resamples: int) -> list[Block]:
                 warning=True,
             )
         )
-    rows = [
-        [arm, str(len(cells)), *(_spread([cell.scores[name] for cell in cells.values()]) for name in METRICS)]
-        for arm, cells in ablation.cells.items()
-    ]
-    caption = "Mean ± standard deviation over seeds. Precision and recall are at the confidence with the best mean F1."
-    blocks += [Heading("Results"), Table(caption, ["arm", "seeds", *METRICS], rows)]
-    if empty or not first:
-        return blocks
-    over_images = {c.arm: _image_interval(ablation, c.arm, resamples) for c in first}
-    caption = (
-        f"{PRIMARY}: difference to '{ablation.baseline}' within each seed. The verdict comes from Holm's p alone (exact"
-        f" sign-flip test, corrected for all arms, at most 0.05). The intervals only describe. The one over seeds (BCa"
-        f" bootstrap) takes the images as given, and few seeds make it too narrow; the one over images ({resamples}"
-        f" draws of the {len(ablation.images)} images) takes the seeds as given."
-    )
-    caption_second = f"{SECOND}: the same, corrected within this table. It does not decide."
-    return [*blocks, _comparisons(caption, first, over_images), _comparisons(caption_second, second, {})]
+    return blocks
 
 
 def _nothing_found(ablation: Ablation) -> bool:
@@ -217,38 +312,42 @@ def _nothing_found(ablation: Ablation) -> bool:
     return bool(cells) and all(cell.scores[name] < SHOWN for cell in cells for name in (PRIMARY, SECOND))
 
 
-def _headline(comparisons: Sequence[Comparison], baseline: str) -> str:
+def _headline(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "There is only one arm, so nothing is compared."
-    needed, count = seeds_needed(len(comparisons)), len(comparisons)
-    if not any(c.can_be_significant for c in comparisons):
+    needed, count, unit = seeds_needed(len(comparisons)), len(comparisons), comparisons[0].unit
+    if not any(c.enough for c in comparisons):
         most = max(c.n for c in comparisons)
-        against = _count(count, "comparison")
         return (
-            f"No significance can be claimed: an arm shares at most {_count(most, 'finished seed')} with"
-            f" the baseline '{baseline}', and {against} would need at least {needed}."
+            f"Nothing can be claimed: an arm shares at most {_count(most, f'finished {unit}')} with its baseline, and"
+            f" {_count(count, 'comparison')} would need at least {needed}."
         )
+    bases = list(dict.fromkeys(c.baseline for c in comparisons))
     groups = {
-        word: [c.arm for c in comparisons if _verdict(c) == word] for word in ("better", "worse", "no difference found")
+        word: [
+            c.arm if len(bases) == 1 else f"{c.arm} (against {c.baseline})" for c in comparisons if _verdict(c) == word
+        ]
+        for word in ("better", "worse", "equivalent", "undecided")
     }
     parts = [f"{word}: {', '.join(arms)}" for word, arms in groups.items() if arms]
-    rest = [c.arm for c in comparisons if not c.can_be_significant]
-    parts += [f"too few seeds to say: {', '.join(rest)}"] if rest else []
-    caution = " No difference found does not mean equal: see the intervals." if groups["no difference found"] else ""
-    return f"Against the baseline '{baseline}', by {PRIMARY}: {'; '.join(parts)}.{caution}"
+    rest = [c.arm for c in comparisons if not c.enough]
+    parts += [f"too few {unit}s to say: {', '.join(rest)}"] if rest else []
+    against = f"Against '{bases[0]}', by" if len(bases) == 1 else "By"
+    return f"{against} {PRIMARY}: {'; '.join(parts)}."
 
 
 def _verdict(comparison: Comparison) -> str:
-    if comparison.significant:
-        return "better" if comparison.mean > 0 else "worse"
-    if comparison.can_be_significant:
-        return "no difference found"
-    return f"too few seeds ({seeds_needed(comparison.comparisons, comparison.alpha)} needed)"
+    if comparison.enough:
+        return comparison.verdict
+    needed = seeds_needed(comparison.comparisons, comparison.rule.alpha)
+    return f"too few {comparison.unit}s ({needed} needed)"
 
 
 def _judged_on(ablation: Ablation) -> tuple[str, str]:
     """Which images the numbers are of, and a warning where they are those of the training."""
     data, count = ablation.recipe.get("data"), len(ablation.images)
+    if ablation.fresh:
+        return f"images that were drawn anew for each split, {count} different ones so far, none of them trained on", ""
     if ablation.folds:
         others = f"each seed trains on {ablation.folds - 1} of {ablation.folds} parts of the training images of {data}"
         return f"images held out: {others} and is judged on the other part ({count} different images so far)", ""
@@ -279,7 +378,8 @@ def _recipe_in_words(ablation: Ablation, images: str) -> str:
     )
 
 
-def _image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float, float]:
+def image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float, float]:
+    """Of the difference between an arm and its baseline, if other images had been drawn."""
     numbers = ablation.images
     pairs = [(base.boxes.judged(numbers), cell.boxes.judged(numbers)) for base, cell in ablation.pairs(arm)]
     return image_bootstrap_seeds(pairs, average_precision, same_images=True, resamples=resamples)
@@ -288,14 +388,16 @@ def _image_interval(ablation: Ablation, arm: str, resamples: int) -> tuple[float
 def _comparisons(
     caption: str, comparisons: Sequence[Comparison], over_images: Mapping[str, tuple[float, float]]
 ) -> Table:
-    header = ["arm", "seeds", "difference", "95 % interval over seeds", "p", "Holm's p", "verdict"]
-    if over_images:
-        header.insert(4, "95 % interval over images")
+    unit = f"{comparisons[0].unit}s"
+    header = ["arm", "against", unit, "difference", f"95 % interval over {unit}"]
+    header += ["95 % interval over images"] if over_images else []
+    header += ["p of a difference", "p of equivalence", "verdict"]
     rows = []
     for c in comparisons:
         images = [_interval(over_images[c.arm])] if over_images else []
-        tests = [_p(c.p), _p(c.p_holm)] if c.n else [MISSING, MISSING]
-        rows.append([c.arm, str(c.n), _difference(c.mean), _interval(c.interval), *images, *tests, _verdict(c)])
+        tests = [_p(c.p_holm), _p(c.p_equal_holm)] if c.n else [MISSING, MISSING]
+        row = [c.arm, c.baseline, str(c.n), _difference(c.mean), _interval(c.interval)]
+        rows.append([*row, *images, *tests, _verdict(c)])
     return Table(caption, header, rows)
 
 
@@ -305,8 +407,14 @@ def _costs(ablation: Ablation) -> list[Block]:
     for arm, cells in ablation.cells.items():
         seconds = [cell.seconds for cell in cells.values() if math.isfinite(cell.seconds)]
         median = f"{np.median(seconds):,.0f}" if seconds else MISSING
-        rows.append([arm, *(_cost(ablation.costs.get(arm, {}).get(key)) for key in known), median])
-    caption = "What an arm costs, and how much of it came from the checkpoint. The time is the median over cells."
+        costs = ablation.costs.get(arm, {})
+        rows.append([arm, *(_cost_and_interval(costs, key) for key in known), median])
+    caption = "What an arm costs, and how much of it came from the checkpoint. Seconds: the median over cells."
+    if any("latency_ms_low" in costs for costs in ablation.costs.values()):
+        caption += (
+            " Latency: the median of single images, the arms taking turns, with its 95 % interval; ratios are taken"
+            " within a turn."
+        )
     return [Heading("Cost"), Table(caption, ["arm", *known.values(), "seconds per cell"], rows)]
 
 
@@ -314,7 +422,8 @@ def _costs(ablation: Ablation) -> list[Block]:
 
 
 def _charts(ablation: Ablation) -> list[Block]:
-    curves = {arm: [cell.curve for cell in cells.values()] for arm, cells in ablation.cells.items() if cells}
+    trained = {arm: [cell.curve for cell in cells.values() if len(cell.curve)] for arm, cells in ablation.cells.items()}
+    curves = {arm: of_arm for arm, of_arm in trained.items() if of_arm}
     if not curves:
         return []
     everything = [curve for of_arm in curves.values() for curve in of_arm]
@@ -337,11 +446,12 @@ def _charts(ablation: Ablation) -> list[Block]:
         f" Dashed: the mean of '{baseline}'. The bands include what differs between seeds for every arm alike."
     )
     rows: list[DifferenceRow] = []
-    for c in [] if _nothing_found(ablation) else compare(ablation.values(PRIMARY), baseline):
-        by_seed = paired_differences(ablation.values(PRIMARY), baseline, c.arm)
+    for c in [] if _nothing_found(ablation) else ablation.compare(PRIMARY):
+        by_seed = paired_differences(ablation.values(PRIMARY), c.baseline, c.arm)
         rows.append(DifferenceRow(c.arm, by_seed, c.mean, c.interval))
-    label = f"difference in {PRIMARY} to the baseline"
-    dots = f"A dot per seed: {PRIMARY} minus that of '{baseline}'. Diamond: their mean; bar: 95 % interval over seeds."
+    label = f"difference in {PRIMARY} to the arm compared with"
+    against = "the arm it is compared with" if set(ablation.against.values()) - {baseline} else f"'{baseline}'"
+    dots = f"A dot per seed: {PRIMARY} minus that of {against}. Diamond: their mean; bar: 95 % interval over seeds."
     curves_block: list[Block] = [Heading("Learning curves"), Charts(caption, panels)]
     if not any(row.by_seed for row in rows):
         return curves_block
@@ -359,9 +469,10 @@ def _sizes(ablation: Ablation) -> list[Block]:
         rows.append([arm, *(_difference(_mean(ours[name] - theirs[name] for theirs, ours in pairs)) for name in AREAS)])
     caption = (
         f"{PRIMARY} by object size, area of the box in the original image. First row: the baseline; below: mean"
-        " difference to it within each seed. As COCO's evaluation computes it: found objects of other sizes are neither"
-        " hits nor false alarms, and precision is 0 above the highest recall. So the first column differs from the"
-        " table above, and each size is the mean of the classes that have labels of that size. Untested."
+        " difference to the arm compared with, within each seed. As COCO's evaluation computes it: found objects of"
+        " other sizes are neither hits nor false alarms, and precision is 0 above the highest recall. So the first"
+        " column differs from the table above, and each size is the mean of the classes that have labels of that size."
+        " Untested."
     )
     return [Heading("By object size"), Table(caption, ["arm", *header], rows)]
 
@@ -420,11 +531,30 @@ def _pictures(pictures: Sequence[tuple[str, Path]]) -> list[Block]:
 
 def _every_seed(ablation: Ablation) -> list[Block]:
     rows = [
-        [cell.arm, str(cell.seed), *(_number(cell.scores[name], 4) for name in METRICS), _number(cell.seconds, 0)]
-        for cell in sorted(_cells(ablation), key=lambda cell: cell.seed)
+        [cell.arm, run_name(cell.run), *(_number(cell.scores[name], 4) for name in METRICS), _number(cell.seconds, 0)]
+        for cell in sorted(_cells(ablation), key=lambda cell: cell.run)
     ]
     caption = "Every finished cell, seed by seed; results.csv has the same numbers unrounded."
     return [Heading("Every seed"), Table(caption, ["arm", "seed", *METRICS, "seconds"], rows)]
+
+
+def _registration(ablation: Ablation) -> list[Block]:
+    """What was settled before the first cell, and that it was."""
+    if not ablation.registered:
+        return []
+    stated = {key: ablation.registered.get(key) for key in ("registered", "decides", "seeds", "split_seeds", "folds")}
+    environment = ablation.registered.get("environment")
+    where = {f"then: {key}": value for key, value in environment.items()} if isinstance(environment, dict) else {}
+    compared = "; ".join(f"{arm} against {baseline}" for arm, baseline in ablation.against.items())
+    rows = {
+        **{k: v for k, v in stated.items() if v},
+        "comparisons": compared,
+        "rule": ablation.rule.in_words(),
+        **where,
+    }
+    caption = "Written into preregistered.yaml before the first cell; every cell carries that file's checksum."
+    table = Table(caption, ["what", "value"], [[name, str(value)] for name, value in rows.items()])
+    return [Heading("Registered beforehand"), table]
 
 
 def _how(ablation: Ablation, command: str, environment: Mapping[str, str]) -> list[Block]:
@@ -433,6 +563,7 @@ def _how(ablation: Ablation, command: str, environment: Mapping[str, str]) -> li
     ]
     recipe = {"folds": ablation.folds, **ablation.recipe}
     return [
+        *_registration(ablation),
         Heading("How to repeat it"),
         Code("The command", command),
         Table("In what the arms differ; the first is the baseline.", ["arm", "options"], arms),

@@ -1,13 +1,18 @@
-"""Judging an ablation: paired differences over seeds, intervals, exact tests, one plain sentence per arm.
+"""Judging an ablation: paired differences over seeds, exact tests, intervals, one plain sentence per comparison.
 
-`values[arm][seed]` is one number per finished run, higher meaning better, such as mAP50-95 on held-out images. A seed
-fixes split, data order and augmentation for all arms, so arms are compared within a seed, never across.
+`values[arm][run]` is one number per finished run, higher meaning better, such as mAP50-95 on held-out images. A run is
+a seed, which fixes split, data order and augmentation for all arms, or (split, seed) where the two are crossed. Arms
+are compared within a run, never across.
 
-The verdict comes from `sign_flip_p`, corrected by `holm`, and from nothing else: intervals describe, never decide.
+What is exchangeable: if two arms do not differ, they may swap their names in any split. Runs of one split share its
+images, and so whatever an arm owes to these images; their differences are averaged, and the split is what is flipped.
+
+The verdict comes from `sign_flip_p` and `equivalence_p`, corrected by `holm`, by a `Rule` that was there before.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +22,17 @@ import numpy as np
 
 from utils.config import UserError
 
-Values = Mapping[str, Mapping[int, float]]
+Run = int | tuple[int, int]  # a seed, or (split, seed)
+Values = Mapping[str, Mapping[Any, float]]  # by arm and Run
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]  # correct, confidence, class, target class
 
 EXACT_SEEDS = 20  # 2**20 sums take 8 MB and some 10 ms
 RANDOM_FLIPS = 99_999  # beyond that; with the observed signs 100,000
 ROUNDING = 1e-12  # relative to the sum of magnitudes: sums this close are ties
+DIGITS = 9  # of differences: eight of 5e-17, the last bit of a sum in another order, would be a finding
+POWER = 0.8
+SIMULATED_SEEDS = 12  # up to here power is that of the exact test; beyond, that of the t-test, which it then is near to
+SIMULATIONS = 4_000
 
 
 def scipy_stats() -> Any:
@@ -35,36 +45,50 @@ def scipy_stats() -> Any:
     return stats
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How verdicts are reached; fixed before the first run. Differences are in units of the metric, 0..1."""
+
+    alpha: float = 0.05  # of both corrected tests
+    least: float = 0.005  # a smaller mean difference is neither better nor worse
+    margin: float = 0.01  # within it arms are equivalent
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin < 1 or not 0 <= self.least <= self.margin or not 0 < self.alpha < 1:
+            raise UserError(
+                f"--margin {self.margin:g}, --least {self.least:g}: expected a margin above 0 and below 1, and a least"
+                " difference of 0 to the margin."
+            )
+
+    def in_words(self) -> str:
+        """The rule as a report states it."""
+        return (
+            f"Better or worse: Holm's p of the two-sided sign-flip test at most {self.alpha:g}, and a mean difference"
+            f" of {self.least:g} or more. Else equivalent: Holm's p of two one-sided sign-flip tests against"
+            f" {self.margin:g} at most {self.alpha:g}. Else undecided."
+        )
+
+
 # ------------------------------------------------------------------------------------------------------ over the seeds
 
 
+def split_of(run: Run) -> int:
+    """What is flipped, see the head of this file."""
+    return run[0] if isinstance(run, tuple) else run
+
+
 def paired_differences(values: Values, baseline: str, arm: str) -> dict[int, float]:
-    """Arm minus baseline for every seed, ascending, for which both have a finite value; others are left out."""
-    ours, theirs = values[arm], values[baseline]
-    both = sorted(seed for seed in ours if seed in theirs)
-    differences = {seed: float(ours[seed]) - float(theirs[seed]) for seed in both}
-    return {seed: difference for seed, difference in differences.items() if math.isfinite(difference)}
+    """Arm minus baseline for every split, ascending: the mean over its runs for which both have a finite value.
 
-
-def bca_interval(
-    differences: Iterable[float], confidence: float = 0.95, resamples: int = 9_999, seed: int = 0
-) -> tuple[float, float]:
-    """Bias-corrected and accelerated bootstrap interval of the mean difference, resampling seeds.
-
-    B. Efron, "Better bootstrap confidence intervals", JASA 82 (1987), computed by `scipy.stats.bootstrap`. The order
-    of the differences does not matter. Few seeds make it too narrow: with 8 normal differences it covers the true mean
-    in 87 % of cases instead of 95 %, with 4 in 80 % (tests/test_statistics.py repeats the measurement).
-
-    Returns (nan, nan) for fewer than two differences, and (d, d) where all of them are d up to rounding.
+    Rounded to DIGITS. Splits without such a run are left out.
     """
-    sample = np.sort(_finite(differences))
-    if len(sample) < 2:
-        return math.nan, math.nan
-    if np.ptp(sample) <= ROUNDING * np.abs(sample).max():
-        return float(sample[0]), float(sample[0])
-    options = dict(confidence_level=confidence, n_resamples=resamples, method="BCa", rng=np.random.default_rng(seed))
-    low, high = scipy_stats().bootstrap((sample,), np.mean, **options).confidence_interval
-    return float(low), float(high)
+    ours, theirs = values[arm], values[baseline]
+    by_split: dict[int, list[float]] = {}
+    for run in sorted(run for run in ours if run in theirs):
+        difference = float(ours[run]) - float(theirs[run])
+        if math.isfinite(difference):
+            by_split.setdefault(split_of(run), []).append(difference)
+    return {split: round(math.fsum(several) / len(several), DIGITS) + 0.0 for split, several in by_split.items()}
 
 
 def sign_flip_p(differences: Iterable[float]) -> float:
@@ -79,16 +103,76 @@ def sign_flip_p(differences: Iterable[float]) -> float:
     "Permutation P-values should never be zero", SAGMB 9 (2010).
     """
     sample = _finite(differences)
+    return _share(np.abs(_flipped_sums(sample)), abs(math.fsum(sample)), sample)
+
+
+def higher_p(differences: Iterable[float], bound: float = 0.0) -> float:
+    """One-sided p of the hypothesis that the differences lie symmetrically about `bound` or lower; 1.0 for none.
+
+    The share of sign patterns of the differences minus `bound` whose sum is at least the observed one.
+    """
+    sample = _finite(differences) - bound
+    return _share(_flipped_sums(sample), math.fsum(sample), sample)
+
+
+def equivalence_p(differences: Iterable[float], margin: float) -> float:
+    """p of the hypothesis that the mean difference is `margin` or more, either way: the larger of two one-sided ones.
+
+    D. Schuirmann, "A comparison of the two one-sided tests procedure and the power approach for assessing the
+    equivalence of average bioavailability", J. Pharmacokinet. Biopharm. 15 (1987), here with sign-flip tests: a true
+    difference of exactly `margin`, with noise as likely up as down, is called equivalent in at most alpha of cases.
+    """
+    sample = _finite(differences)
+    return max(higher_p(sample, -margin), higher_p(-sample, -margin))
+
+
+def _flipped_sums(sample: np.ndarray) -> np.ndarray:
+    """The sum of every sign pattern (2**n,), or of random ones (RANDOM_FLIPS,); order and signs do not matter."""
     magnitudes = np.sort(np.abs(sample))
-    threshold = abs(math.fsum(sample)) - ROUNDING * magnitudes.sum()
     if len(sample) > EXACT_SEEDS:
         plus = np.random.default_rng(0).integers(0, 2, (RANDOM_FLIPS, len(sample)), np.int8)
-        extreme = np.count_nonzero(np.abs(2 * (plus @ magnitudes) - magnitudes.sum()) >= threshold)
-        return (int(extreme) + 1) / (RANDOM_FLIPS + 1)
+        return 2 * (plus @ magnitudes) - magnitudes.sum()
     sums = np.zeros(1)
     for magnitude in magnitudes:
         sums = np.concatenate((sums + magnitude, sums - magnitude))
-    return float(np.mean(np.abs(sums) >= threshold))
+    return sums
+
+
+def _share(statistics: np.ndarray, observed: float, sample: np.ndarray) -> float:
+    """How many patterns reach the observed one, which counts as one more where they were drawn."""
+    reached = int(np.count_nonzero(statistics >= observed - ROUNDING * np.abs(sample).sum()))
+    drawn = len(sample) > EXACT_SEEDS
+    return (reached + drawn) / (len(statistics) + drawn)
+
+
+def sign_flip_interval(differences: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The shifts of the differences that `sign_flip_p` does not reject: it covers as often as it says, for any noise
+    that is as likely up as down.
+
+    A shift is not rejected where enough of the 2**n - 1 subset means lie on either side of it, so the ends are two of
+    these means: J. A. Hartigan, "Using subsample values as typical values", JASA 64 (1969). Above 20 differences,
+    random subsets. (nan, nan) where so few differences, below 6 for 95 %, allow no such interval.
+    """
+    sample = np.sort(_finite(differences))
+    means = _subset_means(sample[None])[0]
+    rank = int((1 - confidence) * (len(means) + 1) / 2 * (1 + ROUNDING))
+    if rank < 1:
+        return math.nan, math.nan
+    low, high = np.partition(means, (rank - 1, len(means) - rank))[[rank - 1, len(means) - rank]]
+    return float(low), float(high)
+
+
+def _subset_means(samples: np.ndarray) -> np.ndarray:
+    """The mean of every subset that is not empty (t, 2**n - 1), or of random ones, for each sample (t, n)."""
+    count = samples.shape[1]
+    if count > EXACT_SEEDS:
+        chosen = np.random.default_rng(0).integers(0, 2, (RANDOM_FLIPS, count), np.int8)
+        chosen[chosen.sum(1) == 0] = 1  # hardly ever
+        return samples @ chosen.T / chosen.sum(1)
+    sums, sizes = np.zeros((len(samples), 1)), np.zeros(1)
+    for column in samples.T:
+        sums, sizes = np.concatenate((sums, sums + column[:, None]), 1), np.concatenate((sizes, sizes + 1))
+    return sums[:, 1:] / sizes[1:]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -122,94 +206,212 @@ def seeds_needed(comparisons: int, alpha: float = 0.05) -> int:
     return n
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The median of independent measurements, and an interval that needs no distribution: two of the values, sorted.
+
+    W. Conover, Practical Nonparametric Statistics (1999), section 3.2. NaN ends where there are too few values.
+    """
+    ordered = sorted(values)
+    rank = int(scipy_stats().binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
+    ends = (ordered[rank - 1], ordered[-rank]) if rank > 0 else (math.nan, math.nan)
+    return float(np.median(ordered)), float(ends[0]), float(ends[1])
+
+
+def superiority(wins: int, ties: int, n: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """The chance that the arm beats the baseline in a new split, ties being halves, and the ends of its interval.
+
+    C. Clopper and E. Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934). NaN without splits.
+    """
+    if not n:
+        return math.nan, math.nan, math.nan
+    won, tail, beta = wins + ties / 2, (1 - confidence) / 2, scipy_stats().beta
+    low = float(beta.ppf(tail, won, n - won + 1)) if won > 0 else 0.0
+    high = float(beta.ppf(1 - tail, won + 1, n - won)) if won < n else 1.0
+    return won / n, low, high
+
+
+# --------------------------------------------------------------------------------------------------------------- power
+
+
+def detectable(n: int, spread: float, comparisons: int, rule: Rule = Rule(), power: float = POWER) -> float:
+    """The smallest true difference that n splits call better (or, downwards, worse) with this power; inf for none.
+
+    For normal differences whose standard deviation is `spread`, judged as one of so many `comparisons` among which it
+    is the only one with an effect: Holm's hardest step. The rule's `least` difference counts.
+    """
+    bounds = _bounds(n, rule.alpha / comparisons / 2)
+    if bounds is None or not math.isfinite(spread):
+        return math.inf
+    low, _, mean = bounds
+    needed = np.maximum(-low * spread, rule.least - mean * spread)
+    return max(float(np.quantile(needed, power)), 0.0)
+
+
+def chance_of_equivalence(n: int, spread: float, comparisons: int, rule: Rule = Rule()) -> float:
+    """The chance that n splits call an arm equivalent that does not differ at all; assumptions as in `detectable`."""
+    bounds = _bounds(n, rule.alpha / comparisons)
+    if n < seeds_needed(comparisons, rule.alpha) or bounds is None or not math.isfinite(spread):
+        return 0.0
+    low, high, _ = bounds
+    return float(np.mean(np.maximum(-low, high) * spread < rule.margin))
+
+
+@functools.lru_cache(64)
+def _bounds(n: int, tail: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of simulated standard normal samples, the ends of the interval that leaves out `tail` on each side, and means.
+
+    None where n is too small for that. A one-sided test at level `tail` rejects a shift exactly where it lies outside.
+    """
+    rank = int(tail * 2.0**n * (1 + ROUNDING))
+    if rank < 1:
+        return None
+    samples = np.random.default_rng(0).standard_normal((SIMULATIONS, n))
+    mean = samples.mean(1)
+    if n > SIMULATED_SEEDS:
+        half = scipy_stats().t.ppf(1 - tail, n - 1) * samples.std(1, ddof=1) / math.sqrt(n)
+        return mean - half, mean + half, mean
+    ends = []
+    for part in np.array_split(samples, 8):  # 32 MB at a time
+        means = _subset_means(part)
+        ends.append(np.partition(means, (rank - 1, means.shape[1] - rank), 1)[:, [rank - 1, -rank]])
+    low, high = np.concatenate(ends).T
+    return low, high, mean
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against the baseline over `n` paired seeds; `mean`, `spread` and `interval` are of arm minus baseline."""
+    """One arm against its baseline over `n` splits; `mean`, `spread` and `interval` are of arm minus baseline."""
 
     arm: str
+    baseline: str
     n: int
-    missing: tuple[int, ...]  # seeds that some arm has, but not both of these
-    mean: float  # nan without seeds
-    spread: float  # sample standard deviation of the differences, nan below two seeds
-    interval: tuple[float, float]  # see `bca_interval`
+    missing: tuple[int, ...]  # splits that some arm has, but not both of these
+    mean: float  # nan without splits
+    spread: float  # sample standard deviation of the differences, nan below two splits
+    interval: tuple[float, float]  # see `sign_flip_interval`
     p: float  # see `sign_flip_p`
     p_holm: float  # corrected for `comparisons`
-    wins: int  # seeds in which the arm is higher
-    ties: int  # seeds in which both are equal
-    largest: float  # of the differences' magnitudes, 0 without seeds
-    comparisons: int  # arms compared with the baseline
-    alpha: float
+    p_equal: float  # see `equivalence_p`
+    p_equal_holm: float
+    wins: int  # splits in which the arm is higher
+    ties: int  # splits in which both are equal
+    largest: float  # of the differences' magnitudes, 0 without splits
+    comparisons: int  # how many were made
+    rule: Rule
     confidence: float
+    unit: str = "seed"  # what is flipped: a seed, or the split that several seeds share
 
     @property
-    def can_be_significant(self) -> bool:
-        """Whether so few seeds could give a significant result at all, see `seeds_needed`."""
-        return self.n >= seeds_needed(self.comparisons, self.alpha)
-
-    @property
-    def significant(self) -> bool:
-        """The verdict: the corrected p is at most alpha, and there are seeds enough.
+    def enough(self) -> bool:
+        """Whether so few splits could give a verdict at all, see `seeds_needed`.
 
         Stricter than Holm in one case: an arm with failed cells, for which its later and smaller factor would do.
         """
-        return self.can_be_significant and self.p_holm <= self.alpha
+        return self.n >= seeds_needed(self.comparisons, self.rule.alpha)
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, equivalent or undecided, by the rule."""
+        if self.enough and self.p_holm <= self.rule.alpha and abs(self.mean) >= self.rule.least - 0.5 * 10**-DIGITS:
+            return "better" if self.mean > 0 else "worse"
+        return "equivalent" if self.enough and self.p_equal_holm <= self.rule.alpha else "undecided"
+
+    @property
+    def superiority(self) -> tuple[float, float, float]:
+        """The chance of being higher in a new split, and its interval."""
+        return superiority(self.wins, self.ties, self.n, self.confidence)
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that this table finds with a power of POWER, if its spread is the true one."""
+        return detectable(self.n, self.spread, self.comparisons, self.rule)
+
+    @property
+    def chance_of_equivalence(self) -> float:
+        """The chance that this table calls an arm equivalent that is, if its spread is the true one."""
+        return chance_of_equivalence(self.n, self.spread, self.comparisons, self.rule)
 
     def sentence(self, metric: str, digits: int = 3) -> str:
-        """Effect, interval, seeds and verdict in one plain sentence; `digits` after the point."""
-        lacking = f" ({_count(len(self.missing), 'seed')} missing)" if self.missing else ""
+        """Effect, interval, splits and verdict in one plain sentence; `digits` after the point."""
+        lacking = f" ({_count(len(self.missing), self.unit)} missing)" if self.missing else ""
+        name = f"{self.arm} against {self.baseline}"
         if self.n == 0:
-            return f"{self.arm}: no seed in which both it and the baseline have {metric}{lacking}; nothing can be said."
-        seeds = f"{_count(self.n, 'paired seed')}{lacking}"
+            return f"{name}: no {self.unit} in which both have {metric}{lacking}; nothing can be said."
+        seeds = f"{_count(self.n, f'paired {self.unit}')}{lacking}"
         if self.ties == self.n:
-            return f"{self.arm}: {metric} equal to the baseline's in {self.ties} of {seeds}; {self._verdict()}."
+            return f"{name}: {metric} equal in {self.ties} of {seeds}; {self._verdict()}."
         if self.largest < 0.5 * 10**-digits:  # the effect would read +0.000, and "higher" be said of nothing
             least = f"{0.5 * 10**-digits:.{digits + 1}f}"
-            return f"{self.arm}: {metric} within {least} of the baseline's in {self.n} of {seeds}; {self._verdict()}."
+            return f"{name}: {metric} within {least} of each other in {self.n} of {seeds}; {self._verdict()}."
         low, high = (_rounded(end, digits) for end in self.interval)
-        interval = f" ({100 * self.confidence:g} % interval {low} to {high})" if self.n > 1 else ""
-        effect = f"{metric} {_rounded(self.mean, digits, '+')}{interval} against the baseline"
-        return f"{self.arm}: {effect}, higher in {self.wins} of {seeds}; {self._verdict()}."
+        finite = math.isfinite(self.interval[0])
+        interval = f" ({100 * self.confidence:g} % interval {low} to {high})" if finite else ""
+        effect = f"{metric} {_rounded(self.mean, digits, '+')}{interval}"
+        return f"{name}: {effect}, higher in {self.wins} of {seeds}; {self._verdict()}."
 
     def _verdict(self) -> str:
-        if not self.can_be_significant:
-            needed, comparisons = seeds_needed(self.comparisons, self.alpha), _count(self.comparisons, "comparison")
-            claim = f"no significance can be claimed from {_count(self.n, 'seed')}"
-            return f"{claim}: at least {needed} would be needed for {comparisons}"
-        found = "significant" if self.significant else "no difference was found"
-        corrected = " after Holm correction" if self.comparisons > 1 else ""
-        p = f"p = {self.p_holm:.3g}" if self.p_holm >= 1e-4 else "p < 0.0001"
-        return f"{found}{corrected} ({p})"
+        if not self.enough:
+            needed, comparisons = seeds_needed(self.comparisons, self.rule.alpha), self.comparisons
+            claim = f"undecided: no verdict can be reached from {_count(self.n, self.unit)}"
+            return f"{claim}, at least {needed} would be needed for {_count(comparisons, 'comparison')}"
+        corrected = ", Holm-corrected" if self.comparisons > 1 else ""
+        verdict, equal = self.verdict, f"within {self.rule.margin:g} (p {_p(self.p_equal_holm)}"
+        if verdict in ("better", "worse"):
+            return f"{verdict} (p {_p(self.p_holm)}{corrected})"
+        if verdict == "equivalent":
+            return f"equivalent {equal}{corrected})"
+        difference = f"a difference of {self.rule.least:g} or more (p {_p(self.p_holm)}{corrected})"
+        return f"undecided: neither {difference} nor equivalence {equal}{corrected}) was shown"
 
 
-def compare(values: Values, baseline: str, *, alpha: float = 0.05, confidence: float = 0.95) -> list[Comparison]:
-    """Every other arm against the baseline, in the order of `values`.
+def against_first(arms: Iterable[str]) -> dict[str, str]:
+    """Every arm but the first, and the first as its baseline."""
+    first, *others = arms
+    return dict.fromkeys(others, first)
+
+
+def compare(
+    values: Values, against: str | Mapping[str, str], *, rule: Rule = Rule(), confidence: float = 0.95
+) -> list[Comparison]:
+    """The comparisons that `against` names, arm -> baseline, in its order; one name is the baseline of all others.
 
     All of them count in the correction, also one without a single pair of finished runs (its p is 1): how many were
     asked about was settled before the results.
     """
-    if baseline not in values:
-        raise UserError(f"The baseline {baseline!r} is none of the arms: {', '.join(values)}.")
-    everything = {s for cells in values.values() for s in cells}
-    pairs = {arm: paired_differences(values, baseline, arm) for arm in values if arm != baseline}
-    p_values = [sign_flip_p(pair.values()) for pair in pairs.values()]
+    pairs = {arm: against for arm in values if arm != against} if isinstance(against, str) else dict(against)
+    for name in (*pairs, *pairs.values(), *([against] if isinstance(against, str) else [])):
+        if name not in values:
+            raise UserError(f"{name!r}, which is to be compared, is none of the arms: {', '.join(values)}.")
+    runs = {run for cells in values.values() for run in cells}
+    found = [list(paired_differences(values, baseline, arm).items()) for arm, baseline in pairs.items()]
+    samples = [np.array([difference for _, difference in pair]) for pair in found]
+    p_values = [sign_flip_p(sample) for sample in samples]
+    p_equal = [equivalence_p(sample, rule.margin) for sample in samples]
+    tests = zip(p_values, holm(p_values), p_equal, holm(p_equal))
     comparisons = []
-    for (arm, pair), p, p_holm in zip(pairs.items(), p_values, holm(p_values)):
-        differences, n = np.array(list(pair.values())), len(pair)
+    for (arm, baseline), pair, sample, (p, p_holm, equal, equal_holm) in zip(pairs.items(), found, samples, tests):
         comparison = Comparison(
             arm=arm,
-            n=n,
-            missing=tuple(sorted(everything - pair.keys())),
-            mean=float(differences.mean()) if n else math.nan,
-            spread=float(differences.std(ddof=1)) if n > 1 else math.nan,
-            interval=bca_interval(differences, confidence),
+            baseline=baseline,
+            n=len(sample),
+            missing=tuple(sorted({split_of(run) for run in runs} - {split for split, _ in pair})),
+            mean=float(sample.mean()) if len(sample) else math.nan,
+            spread=float(sample.std(ddof=1)) if len(sample) > 1 else math.nan,
+            interval=sign_flip_interval(sample, confidence),
             p=p,
             p_holm=p_holm,
-            wins=int((differences > 0).sum()),
-            ties=int((differences == 0).sum()),
-            largest=float(np.abs(differences).max(initial=0)),
+            p_equal=equal,
+            p_equal_holm=equal_holm,
+            wins=int((sample > 0).sum()),
+            ties=int((sample == 0).sum()),
+            largest=float(np.abs(sample).max(initial=0)),
             comparisons=len(pairs),
-            alpha=alpha,
+            rule=rule,
             confidence=confidence,
+            unit="split" if any(isinstance(run, tuple) for run in runs) else "seed",
         )
         comparisons.append(comparison)
     return comparisons
@@ -224,6 +426,10 @@ def _finite(differences: Iterable[float]) -> np.ndarray:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _p(value: float) -> str:
+    return f"= {value:.3g}" if value >= 1e-4 else "< 0.0001"
 
 
 def _rounded(value: float, digits: int, sign: str = "-") -> str:

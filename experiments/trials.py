@@ -17,14 +17,17 @@ from typing import IO, Any
 
 import numpy as np
 
+from experiments.statistics import Run, against_first
 from utils.config import ROOT, UserError, check_hyp, closest, display_path, read_hyp, read_yaml
-from utils.data import prepare
+from utils.data import load_dataset, prepare
 from utils.files import remove_leftovers, write_texts, write_yaml
 from utils.labels import image_files
 from utils.runtime import LOGGER
+from utils.shapes import SPLITS, draw_files, missing_files
 from utils.training import HYP_OWNERS
 
-PER_CELL = ("seed", "project", "name", "exist_ok", "resume")  # options of train.py that belong to a cell
+# options of train.py that belong to a cell
+PER_CELL = ("seed", "init_seed", "project", "name", "exist_ok", "resume", "patience")
 PER_ARM = ("cfg", "insert")  # and those that belong to an arm
 SHARED = (
     "data",
@@ -35,6 +38,8 @@ MOVE_AWAY = "Move the folder away, or give --name a new name."
 MAX_SEEDS = 10_000
 MAX_NAME_BYTES = 200  # of an arm's folder; file systems take 255 for a name, and pictures are named after it, too
 RESULT = "cell.json"  # written last: a cell that has it is done
+UNTOUCHED, PLACEBO = "untouched", "redraw"  # arms that are shown and not compared
+PLACEBO_SEEDS = 1_000_000  # from here on, for its new weights
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,24 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed: what `train.run` gets, and the run folder."""
+    """One arm with one seed, on one split where several seeds share one: what `train.run` gets, and the run folder."""
 
     arm: str
     seed: int
     folder: Path
     options: dict[str, Any]
+    split: int | None = None
+    registered: str = ""  # see `experiments.registration.digest`
+
+    @property
+    def device(self) -> str:
+        """Where it is trained: the share of the process it runs in, or what its options say."""
+        return os.environ.get("ABLATE_DEVICE") or str(self.options["device"])
+
+    @property
+    def trains(self) -> bool:
+        """Whether its network is trained, and not judged as it comes."""
+        return self.arm != UNTOUCHED
 
     @property
     def done(self) -> bool:
@@ -79,6 +96,9 @@ def arms_of(cfgs: Sequence[str], specs: Sequence[str], parser: argparse.Argument
         options = {"cfg": os.path.join(place, cfg), **({"insert": gates} if gates else {})}
         arms.append(Arm("+".join((Path(cfg).stem, *gates)), options))
     arms += [_arm(spec, parser) for spec in specs]
+    taken = [arm.name for arm in arms if arm.folder in (UNTOUCHED, PLACEBO)]
+    if taken:
+        raise UserError(f"an arm cannot be called '{taken[0]}': ablate.py adds one of that name.")
     if len(arms) < 2:
         raise UserError("an ablation compares at least two arms: give --cfg two YAMLs, or --arm twice.")
     names = [arm.folder for arm in arms]
@@ -131,19 +151,62 @@ def _hyp_value(spec: str, key: str, value: str, flags: Sequence[str]) -> float:
         raise UserError(f"--arm {spec}: {str(error).removeprefix('hyp: ')}") from None
 
 
-def seeds_of(words: Sequence[str]) -> list[int]:
+def against_of(specs: Sequence[str], arms: Sequence[str]) -> dict[str, str]:
+    """Which arm is compared with which: each with the first, but for those that ARM:BASELINE say otherwise.
+
+    Raises:
+        UserError: an unknown arm, one against itself, or one given twice.
+    """
+    against = against_first(arms)
+    said = set[str]()
+    for spec in specs:
+        places = [place for place, letter in enumerate(spec) if letter == ":"]  # names may have colons, too
+        pairs = [(spec[:place], spec[place + 1 :]) for place in places]
+        pair = next(((arm, base) for arm, base in pairs if arm in arms and base in arms), None)
+        if pair is None:
+            raise UserError(f"--against {spec}: expected ARM:BASELINE, two of the arms {', '.join(arms)}.")
+        if pair[0] == pair[1] or pair[0] in said:
+            raise UserError(f"--against {spec}: an arm is compared once, and with another one.")
+        said.add(pair[0])
+        if pair[0] == arms[0]:
+            raise UserError(f"--against {spec}: '{arms[0]}' is the first arm, which others are compared with.")
+        against[pair[0]] = pair[1]
+    return against
+
+
+def untouched_fits(weights: str, data_names: Mapping[int, str]) -> str:
+    """Why a checkpoint cannot be judged as it comes, on data with these class names; empty where it can."""
+    from models.checkpoints.files import read
+    from utils.downloads import find_weights
+
+    if not weights:
+        return "nothing is started from"
+    names = list(read(find_weights(weights), training=False).names.values())
+    if names != list(data_names.values()):
+        return f"its {len(names)} classes are not the {len(data_names)} of the data"
+    return ""
+
+
+def runs_of(seeds: Sequence[int], split_seeds: Sequence[int]) -> dict[Run, int]:
+    """By run, the seed that decides its split: each seed its own, or all seeds with each of `split_seeds`."""
+    if not split_seeds:
+        return {seed: seed for seed in seeds}
+    return {(split, seed): split for split in split_seeds for seed in seeds}
+
+
+def seeds_of(words: Sequence[str], flag: str = "--seeds") -> list[int]:
     """`8` is 0 to 7; `3 5` and `3,5` are these."""
     parts = [part for word in words for part in str(word).split(",") if part]
     try:
         numbers = [int(part) for part in parts]
     except ValueError:
-        raise UserError(f"--seeds {' '.join(words)}: expected whole numbers: how many seeds, or which.") from None
+        raise UserError(f"{flag} {' '.join(words)}: expected whole numbers: how many seeds, or which.") from None
     if len(numbers) == 1 and "," not in str(words[0]):
         numbers = list(range(min(numbers[0], MAX_SEEDS + 1)))
     if len(numbers) > MAX_SEEDS:
-        raise UserError(f"--seeds {' '.join(words)[:40]}: expected at most {MAX_SEEDS:,} of them.")
+        raise UserError(f"{flag} {' '.join(words)[:40]}: expected at most {MAX_SEEDS:,} of them.")
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {' '.join(words)}: expected at least one, none below 0 and none twice.")
+        raise UserError(f"{flag} {' '.join(words)}: expected at least one, none below 0 and none twice.")
     return numbers
 
 
@@ -154,11 +217,21 @@ def check_flags(own: argparse.Namespace, options: Mapping[str, Any], parser: arg
         "seed": f"Give --seeds {options['seed']},",
         "resume": "The same command goes on by itself",
         "exist_ok": "The same command goes on by itself",
+        "init_seed": "--placebo adds an arm whose new weights are drawn from other seeds",
+        "patience": "An ablation judges the last epoch: an early stop would choose it on the images it is judged on",
     }
     usual = vars(parser.parse_args([]))
     for key, advice in instead.items():
-        if options[key] != usual[key]:
+        if options[key] != usual[key] and not (key == "patience" and not options[key]):
             raise UserError(f"--{key.replace('_', '-')} belongs to a single training. {advice}.")
+    if own.fresh_data and (own.folds or own.pool or own.train_is_val):
+        raise UserError("--fresh-data draws images for every split: leave --folds, --pool and --train-is-val away.")
+    if own.pool and not own.folds:
+        raise UserError("--pool puts the training and val images together, to be split again: add --folds 4.")
+    if own.val_images and not own.fresh_data:
+        raise UserError("--val-images is about images that are drawn anew: add --fresh-data.")
+    if own.split_seeds and not (own.folds or own.fresh_data):
+        raise UserError("--split-seeds: all seeds share one split here. Add --folds 4, or leave it away.")
     devices = own.devices.split(",") if own.devices else []
     if devices and own.engine == "ray":
         raise UserError("--devices: Ray hands out the GPUs itself. Leave --devices away, or use --engine local.")
@@ -182,26 +255,32 @@ def fold(images: Sequence[Path], seed: int, folds: int) -> tuple[list[Path], lis
     return [images[i] for i in sorted(np.concatenate(parts))], [images[i] for i in sorted(held_out)]
 
 
-def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, insist: bool) -> dict[int, str]:
-    """The dataset YAML of every seed: the given one, or one per seed with a held-out part of the training images.
+def write_splits(
+    data: str, splits: Iterable[int], folds: int, folder: Path, *, insist: bool, pool: bool = False
+) -> dict[int, str]:
+    """The dataset YAML of every split: the given one, or one per split with a held-out part of the training images.
+
+    With `pool` the val images, if there are any, are among those that are split.
 
     Raises:
         UserError: the dataset validates on its training images and neither `folds` nor `insist` says what to do, or
             splits that were written before would change.
     """
-    spec = prepare(data, task="train")
+    spec = prepare(data, task="train", val_optional=bool(folds))
     if not folds:
         if set(image_files(spec.train)) & set(image_files(spec.val)):
             advice = "--folds 4 holds out a fourth of the images, another one for every seed"
             if not insist:
                 raise UserError(f"{data}: validates on its own training images, which measures memory. {advice}.")
             LOGGER.warning(f"{data} validates on its own training images: the numbers show how much is remembered.")
-        return dict.fromkeys(seeds, data)
+        return dict.fromkeys(splits, data)
     images = image_files(spec.train)
+    if pool and spec.val:
+        images = list(dict.fromkeys([*images, *image_files(spec.val)]))
     if not 2 <= folds <= len(images):
-        raise UserError(f"--folds {folds}: expected 2 to {len(images)}, the number of training images.")
+        raise UserError(f"--folds {folds}: expected 2 to {len(images)}, the number of images to split.")
     files = {}
-    for seed in seeds:
+    for seed in splits:
         texts = {}
         for name, part in zip(("train", "val"), fold(images, seed, folds)):
             texts[name] = folder / f"seed{seed}-{name}.txt"
@@ -209,6 +288,30 @@ def write_splits(data: str, seeds: Iterable[int], folds: int, folder: Path, *, i
             _write_once(texts[name], "".join(f"{os.path.abspath(path)}\n" for path in part))
         files[seed] = str(folder / f"seed{seed}.yaml")
         write_yaml(Path(files[seed]), {**{k: str(v.resolve()) for k, v in texts.items()}, "names": spec.names})
+    return files
+
+
+def draw_splits(data: str, splits: Iterable[int], val_images: int, folder: Path) -> dict[int, str]:
+    """The dataset YAML of every split, each with images drawn for it alone into `folder`.
+
+    Raises:
+        UserError: the dataset is not one that is drawn, or the disk is full.
+    """
+    spec = load_dataset(data)
+    if spec.draw != "shapes":
+        raise UserError(f"{data}: --fresh-data needs a dataset that is drawn (draw: shapes), such as shapes.yaml.")
+    counts = {**SPLITS, "val": val_images or SPLITS["val"]}
+    files = {}
+    for seed in splits:
+        root = (folder / f"seed{seed}").resolve()
+        try:
+            if missing_files(root, counts, seed):
+                draw_files(root, counts, seed)
+        except OSError as error:
+            raise UserError(f"{display_path(root)}: cannot be drawn ({error.strerror}). {MOVE_AWAY}") from None
+        files[seed] = str(folder / f"seed{seed}.yaml")
+        places = {"path": str(root), "train": "images/train", "val": "images/val"}
+        write_yaml(Path(files[seed]), {**places, "names": spec.names})
     return files
 
 
@@ -228,16 +331,25 @@ def _write_once(file: Path, text: str) -> None:
         )
 
 
-def make_cells(arms: Sequence[Arm], splits: Mapping[int, str], recipe: Mapping[str, Any], folder: Path) -> list[Cell]:
-    """All cells, seed by seed, so that whatever is finished early can be compared; `splits` is seed -> dataset YAML."""
+def make_cells(arms: Sequence[Arm], runs: Mapping[Run, str], recipe: Mapping[str, Any], folder: Path) -> list[Cell]:
+    """All cells, run by run, so that whatever is finished early can be compared; `runs` is run -> dataset YAML.
+
+    Runs of one split train with seeds that no other split has: else what a seed does to an arm would be in all splits,
+    and these could not be flipped one by one.
+    """
     cells = []
-    for (seed, data), arm in itertools.product(splits.items(), arms):
-        options = {**recipe, **arm.options, "seed": seed, "data": data}
+    for (run, data), arm in itertools.product(runs.items(), arms):
+        split, number = run if isinstance(run, tuple) else (None, run)
+        seed = number if split is None else split * MAX_SEEDS + number
+        options = {**recipe, **arm.options, "seed": seed, "data": data, "patience": 0}
+        if arm.name == PLACEBO:
+            options["init_seed"] = PLACEBO_SEEDS + seed
         changes = options.pop("hyp_changes", {})
         if changes:
             options["hyp"] = {**read_hyp(options["hyp"]), **changes}
-        cells.append(Cell(arm.name, seed, folder / "cells" / arm.folder / f"seed{seed}", options))
-    for one, other in itertools.combinations(cells[: len(arms)], 2):
+        place = f"seed{number}" if split is None else f"seed{number}-split{split}"
+        cells.append(Cell(arm.name, number, folder / "cells" / arm.folder / place, options, split))
+    for one, other in itertools.combinations([cell for cell in cells[: len(arms)] if cell.trains], 2):
         if _complete(one.options) == _complete(other.options):
             raise UserError(f"the arms '{one.arm}' and '{other.arm}' are identical. Leave one out, or change it.")
     return cells

@@ -72,8 +72,8 @@ def profile_layer(layer: Any, x: Any, *, header: bool) -> float:
 
 
 @torch.inference_mode()
-def latencies(models: Sequence[nn.Module], images: Sequence[Tensor], rounds: int = 50) -> list[float]:
-    """Milliseconds of a forward pass of each network with its images, as medians.
+def latencies(models: Sequence[nn.Module], images: Sequence[Tensor], rounds: int = 50) -> list[list[float]]:
+    """Milliseconds of a forward pass of each network with its images, one per round.
 
     The networks take turns within every round, in another order each time, so that what slows the machine down for a
     while slows all of them.
@@ -86,7 +86,7 @@ def latencies(models: Sequence[nn.Module], images: Sequence[Tensor], rounds: int
                 models[index](images[index])
             if number >= 3:
                 times[index].append(watch.seconds * 1e3)
-    return [float(np.median(values)) for values in times]
+    return times
 
 
 @torch.inference_mode()

@@ -85,9 +85,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "experiments.trials",
         "experiments.pools",
         "experiments.sizes",
+        "experiments.registration",
         "experiments.data",
+        "experiments.cells",
         "experiments.page",
         "experiments.report",
+        "experiments.publish",
     ),
     "faces": (
         "models.experimental",

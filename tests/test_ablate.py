@@ -14,23 +14,31 @@ import pytest
 
 import ablate
 import train
+from experiments.registration import digest, looks, note_look, register, registered
 from experiments.trials import (
     Arm,
     Cell,
+    against_of,
     alone_in,
     arms_of,
     check_recipe,
+    draw_splits,
     fold,
     make_cells,
     plain_recipe,
     planned_of,
+    runs_of,
     seeds_of,
     threads_of,
+    untouched_fits,
     write_splits,
 )
 from tests.conftest import TinyDataset
 from utils.config import ROOT, UserError
+from utils.data import load_dataset
+from utils.engine import NonFiniteLoss
 from utils.files import write_yaml
+from utils.shapes import draw
 
 
 def arms(*cfgs: str, arm: tuple[str, ...] = ()) -> list[Arm]:
@@ -71,12 +79,22 @@ def test_an_arm_may_differ_in_a_hyper_parameter_that_the_usual_file_does_not_hav
     assert arm.options == {"hyp_changes": {key: value}}
 
 
+def test_an_arm_may_load_and_train_as_everybody_does() -> None:
+    """The plain network by index, so that a head of other classes is drawn anew; YOLOv5's warm-up and steps."""
+    _, usual = arms("a.yaml", arm=("usual:cfg=a.yaml,transfer=index,short_warmup=0,last_step=0",))
+    assert usual.options["transfer"] == "index" and usual.options["hyp_changes"] == {"short_warmup": 0, "last_step": 0}
+    with pytest.raises(UserError, match="'last_step' is 2, expected 0 or 1"):
+        arms("a.yaml", arm=("usual:last_step=2",))
+
+
 @pytest.mark.parametrize(
     ("cfgs", "specs", "message"),
     [
         (["a.yaml"], [], "at least two arms"),
         (["a.yaml", "b.yaml"], ["a:gate=gain"], "two arms are called 'a'"),
         (["a.yaml"], ["..:gate=gain"], "an arm cannot be called '..'"),
+        (["a.yaml"], ["untouched:gate=gain"], "an arm cannot be called 'untouched': ablate.py adds one"),
+        (["a.yaml"], ["x:patience=5"], "'patience' is neither a flag of train.py nor a hyper-parameter"),
         (["a.yaml"], ["x:data=coco.yaml"], "data must be the same for all arms"),
         (["a.yaml"], ["x:single_cls=true"], "single_cls must be the same for all arms"),
         (["a.yaml"], ["x"], "expected NAME:KEY=VALUE"),
@@ -103,6 +121,83 @@ def test_seeds_are_a_number_or_a_list() -> None:
             seeds_of(words)
 
 
+def test_arms_are_compared_with_the_first_unless_said_otherwise() -> None:
+    names = ["plain", "frozen", "SE:8@at:10", "eca"]
+    assert against_of([], names) == {"frozen": "plain", "SE:8@at:10": "plain", "eca": "plain"}
+    assert against_of(["SE:8@at:10:frozen"], names)["SE:8@at:10"] == "frozen"
+    for specs, message in (
+        (["eca:eca"], "compared once, and with another one"),
+        (["eca:frozen", "eca:plain"], "compared once"),
+        (["plain:eca"], "'plain' is the first arm"),
+        (["eca"], "expected ARM:BASELINE"),
+    ):
+        with pytest.raises(UserError, match=message):
+            against_of(specs, names)
+
+
+def test_seeds_are_trained_on_each_split_and_no_two_splits_share_a_seed(tmp_path: Path) -> None:
+    assert runs_of([3, 5], []) == {3: 3, 5: 5}
+    runs = runs_of([0, 1], [2, 4])
+    assert runs == {(2, 0): 2, (2, 1): 2, (4, 0): 4, (4, 1): 4}
+    recipe = vars(train.build_parser().parse_args([]))
+    both = [Arm("a", {"cfg": "a.yaml"}), Arm("redraw", {"cfg": "a.yaml"}), Arm("untouched", {})]
+    cells = make_cells(both, {run: f"{split}.yaml" for run, split in runs.items()}, recipe, tmp_path)
+    assert [cell.folder.name for cell in cells[::3]] == ["seed0-split2", "seed1-split2", "seed0-split4", "seed1-split4"]
+    assert len({cell.options["seed"] for cell in cells[::3]}) == 4
+    assert all(cell.options["patience"] == 0 for cell in cells)
+    assert cells[0].options.get("init_seed") is None
+    assert [cell.options["init_seed"] - cell.options["seed"] for cell in cells[1::3]] == [1_000_000] * 4
+    assert [cell.trains for cell in cells[:3]] == [True, True, False]
+
+
+def test_arms_that_begin_and_train_alike_are_named_before_anything_is_trained() -> None:
+    tried = {"plain": {"start": "1", "new": 7}, "se": {"start": "2", "new": 9}, "same": {"start": "2", "new": 9}}
+    with pytest.raises(UserError, match="the arms 'se' and 'same' begin with the same network and train alike"):
+        ablate._check_starts(tried)
+    ablate._check_starts({**tried, "same": {"start": "3", "new": 9}, "redraw": {"start": "4", "new": 7}})
+    with pytest.raises(UserError, match=r"--placebo: 'plain' has no weights that do not come .*--split-seeds 8"):
+        ablate._check_starts({"plain": {"start": "1", "new": 0}, "redraw": {"start": "1", "new": 0}})
+
+
+def test_the_checkpoint_is_judged_where_its_classes_are_those_of_the_data() -> None:
+    names = load_dataset("shapes.yaml").names
+    assert untouched_fits("yolov5n-shapes.pt", names) == ""
+    assert untouched_fits("yolov5n-shapes.pt", {0: "disc"}) == "its 6 classes are not the 1 of the data"
+    assert untouched_fits("", names) == "nothing is started from"
+
+
+# ------------------------------------------------------------------------------------------------ before and in between
+
+
+def test_what_is_registered_stays_and_cells_carry_its_checksum(tmp_path: Path) -> None:
+    fixed = {"arms": {"a": {}, "b": {"gate": "gain"}}, "against": {"b": "a"}, "rule": {"margin": 0.01}}
+    register(tmp_path, fixed, {"commit": "0123"}, "python ablate.py")
+    first = digest(tmp_path)
+    write_yaml(tmp_path / "recipe.yaml", fixed)
+    register(tmp_path, {**fixed, "rule": {"margin": 0.1}}, {}, "another")
+    assert digest(tmp_path) == first != ""
+    cell = tmp_path / "cells/a/seed0/cell.json"
+    assert registered(tmp_path, fixed, {cell: first})["environment"] == {"commit": "0123"}
+    with pytest.raises(UserError, match=r"recipe\.yaml: rule: not as in preregistered\.yaml"):
+        registered(tmp_path, {**fixed, "rule": {"margin": 0.1}}, {cell: first})
+    file = tmp_path / "preregistered.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("0.01", "0.1"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"preregistered\.yaml: was changed after .*seed0 was trained under it"):
+        registered(tmp_path, fixed, {cell: first})
+    assert registered(tmp_path / "old", fixed, {cell: ""}) == {}
+
+
+def test_reports_before_the_end_are_remembered(tmp_path: Path) -> None:
+    assert looks(tmp_path) == []
+    note_look(tmp_path, 3, 16)
+    note_look(tmp_path, 8, 16)
+    note_look(tmp_path, 16, 16)
+    assert [(look.done, look.cells) for look in looks(tmp_path)] == [(3, 16), (8, 16)]
+    (tmp_path / "looks.csv").write_text("time,done,cells\nnow,many,3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"looks\.csv: not as ablate.py writes it"):
+        looks(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -115,6 +210,47 @@ def test_consecutive_seeds_hold_out_every_image_once() -> None:
         parts = [set(val_part) for _, val_part in held[first : first + 4]]
         assert set().union(*parts) == set(images) and sum(map(len, parts)) == 10
     assert held[0][1] != held[4][1] and fold(images, 0, 4) == held[0]
+
+
+def test_pooled_images_are_all_held_out_once_and_val_may_be_missing(
+    own_tiny_dataset: TinyDataset, tmp_path: Path
+) -> None:
+    yaml = own_tiny_dataset.yaml
+    both = {path.name for part in ("train", "val") for path in (own_tiny_dataset.root / "images" / part).iterdir()}
+    held, alone = set[str](), set[str]()
+    for pool, found in ((True, held), (False, alone)):
+        folder = tmp_path / f"pool {pool}"
+        for seed in write_splits(str(yaml), range(4), 4, folder, insist=False, pool=pool):
+            found |= {Path(line).name for line in (folder / f"seed{seed}-val.txt").read_text().splitlines()}
+    assert held == both and alone < both
+    text = yaml.read_text(encoding="utf-8").replace("val: images/val\n", "")
+    yaml.write_text(text, encoding="utf-8")
+    for pool in (True, False):
+        assert len(write_splits(str(yaml), [0], 4, tmp_path / f"none {pool}", insist=False, pool=pool)) == 1
+    with pytest.raises(UserError, match="has no 'val' entry"):
+        write_splits(str(yaml), [0], 0, tmp_path, insist=False)
+
+
+def test_every_split_draws_a_dataset_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.trials.SPLITS", {"train": 2, "val": 1})
+    first = draw_splits("shapes.yaml", [0, 1], 3, tmp_path / "data")
+    assert {seed: Path(file).name for seed, file in first.items()} == {0: "seed0.yaml", 1: "seed1.yaml"}
+    images = {file: file.read_bytes() for file in sorted((tmp_path / "data").rglob("*.png"))}
+    assert [file.parts[-4] for file in images] == ["seed0"] * 5 + ["seed1"] * 5
+    assert len(set(images.values())) == 10
+    spec = load_dataset(first[1])
+    assert [path.name for path in spec.train + spec.val] == ["train", "val"] and spec.names[5] == "cross"
+    (tmp_path / "data/seed1/images/val/0002.png").unlink()
+    assert draw_splits("shapes.yaml", [0, 1], 3, tmp_path / "data") == first
+    assert {file: file.read_bytes() for file in images} == images
+    with pytest.raises(UserError, match=r"coco128\.yaml: --fresh-data needs a dataset that is drawn"):
+        draw_splits("coco128.yaml", [0], 0, tmp_path)
+
+
+def test_a_seed_draws_other_pictures_than_the_usual_dataset() -> None:
+    usual, *others = draw("train", 3), draw("train", 3, 0), draw("train", 3, 1)
+    assert len({picture.image.tobytes() for picture in (usual, *others)}) == 3
+    assert np.array_equal(draw("train", 3, 1).image, others[1].image)
 
 
 def test_validating_on_the_training_images_must_be_insisted_on(own_tiny_dataset: TinyDataset, said: list[str]) -> None:
@@ -209,6 +345,14 @@ def test_linked_images_keep_the_labels_beside_the_link(own_tiny_dataset: TinyDat
         ("--seed 5", r"--seed belongs to a single training. Give --seeds 5,"),
         ("--resume", r"--resume belongs to a single training"),
         ("--exist-ok", r"--exist-ok belongs to a single training"),
+        ("--patience 50", r"--patience belongs to a single training. An ablation judges the last epoch"),
+        ("--init-seed 5", r"--init-seed belongs to a single training. --placebo adds an arm"),
+        ("--fresh-data --folds 4", r"--fresh-data draws images for every split: leave --folds, --pool"),
+        ("--pool", r"--pool puts the training and val images together, to be split again: add --folds 4"),
+        ("--val-images 50", r"--val-images is about images that are drawn anew: add --fresh-data"),
+        ("--split-seeds 4", r"--split-seeds: all seeds share one split here. Add --folds 4"),
+        ("--margin 0", r"--margin 0, --least 0.005: expected a margin above 0"),
+        ("--against b:c", r"--against b:c: expected ARM:BASELINE, two of the arms a, b"),
         ("--engine ray --devices 0,1 --jobs 2", r"--devices: Ray hands out the GPUs itself"),
         ("--devices 0, --jobs 2", r"--devices 0,: expected CUDA numbers"),
         ("--devices 0,1,2", r"--devices 0,1,2: more than --jobs 1. Give --jobs 3"),
@@ -327,6 +471,26 @@ def test_one_class_is_judged_as_one_class(own_tiny_dataset: TinyDataset, tmp_pat
         with np.load(file) as judged:
             assert set(judged["truth"][:, 0]) == {0} and set(judged["detections"][:, 5]) <= {0}
     assert (folder / "report.html").is_file() and (folder / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_a_diverged_cell_is_a_score_of_zero_and_the_report_says_so(
+    own_tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recipe = options(own_tiny_dataset.yaml, tmp_path / "runs")
+
+    def diverge(**_: Any) -> None:
+        raise NonFiniteLoss("epoch 0: the loss is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", diverge)
+        data = str(own_tiny_dataset.yaml)
+        cell = Cell("a", 0, tmp_path / "cells/a/seed0", {**recipe, "data": data, "device": "cpu"})
+        result = ablate.run_cell(cell)
+    assert result["diverged"] == "epoch 0: the loss is not finite" and result["mAP50-95"] == 0
+    with np.load(cell.folder / "judged.npz") as judged:
+        assert len(judged["detections"]) == 0 and len(judged["truth"]) > 0
+    assert set(result["per_class"].values()) == {0.0} and cell.done
 
 
 @pytest.mark.slow

@@ -185,3 +185,17 @@ def test_images_that_are_nowhere_are_said_to_be_looked_for_beside_the_yaml(
 ) -> None:
     with pytest.raises(UserError, match=r"tiny\.yaml:1: the 'train' images are not at .*none.*beside the YAML"):
         prepare(without_path(own_tiny_dataset, "images/none"), task="train")
+
+
+def test_a_dataset_that_cannot_be_fetched_says_where_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YOLOV5_DATASETS_DIR", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"bccd\.yaml:\d+: the 'val' images are not at .*Clone github.com/Shenggan/BCCD_Dataset"
+    ):
+        prepare("bccd.yaml")
+    for part in ("train", "val"):
+        (tmp_path / "bccd/images" / part).mkdir(parents=True)
+    spec = prepare("bccd.yaml", task="train")
+    assert spec.root == (tmp_path / "bccd").resolve() and list(spec.names.values()) == ["RBC", "WBC", "Platelets"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from utils.config import UserError, check_hyp, read_hyp
 from utils.optim import (
     OPTIMIZERS,
     EarlyStopping,
@@ -166,6 +169,41 @@ def test_every_epoch_ends_with_a_step_and_steps_where_enough_batches_came_togeth
     assert [warm.at(i).accumulate for i in (0, 16, 17, 50, 51, 83, 84, 100)] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert warm.steps_in(1) == [True] * 8
     assert warm.steps_in(12) == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize(("batches", "epochs"), [(13, 4), (3, 40), (120, 3)])
+def test_upstreams_warm_up_and_steps_can_be_had(batches: int, epochs: int) -> None:
+    """Written out: at least 100 batches of warm-up; a step where enough batches passed since the last one, and what an
+    epoch's end cuts off is dropped (gradients are zeroed there) though its batches count."""
+    usual, upstream = (Schedule(hyp, epochs, batches, 16) for hyp in (HYP, replace(HYP, short_warmup=0, last_step=0)))
+    length = max(round(3 * batches), 100)
+    assert upstream.warmup_iterations == length
+    last, flags = -1, []
+    for number in range(epochs * batches):
+        accumulate = max(1, round(float(np.interp(number, [0, length], [1, 4]))))
+        flags.append(number - last >= accumulate)
+        last = number if flags[-1] else last
+        ramp = min(number / length, 1)
+        assert upstream.at(number).momentum == pytest.approx(0.8 + ramp * (0.937 - 0.8))
+        assert upstream.at(number).lr[1] == pytest.approx(ramp * 0.01 * upstream.factor(number // batches))
+    assert [step for epoch in range(epochs) for step in upstream.steps_in(epoch)] == flags
+    assert all(usual.steps_in(epoch)[-1] for epoch in range(epochs))
+    for one in ({"short_warmup": 0}, {"last_step": 0}):
+        half = Schedule(replace(HYP, **one), epochs, batches, 16)
+        assert (half.warmup_iterations == length) is ("short_warmup" in one)
+        steps = [half.steps_in(epoch) for epoch in range(epochs)]
+        assert (
+            [step for of_epoch in steps for step in of_epoch] == flags
+            if "last_step" in one
+            else all(of_epoch[-1] for of_epoch in steps)
+        )
+
+
+def test_a_switch_is_on_or_off(tmp_path: Path) -> None:
+    file = tmp_path / "hyp.yaml"
+    file.write_text("last_step: 0.5\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"hyp\.yaml:1: 'last_step' is 0\.5, expected 0 or 1"):
+        check_hyp(read_hyp(file), [OptimHyp])
 
 
 def test_a_short_run_keeps_taking_a_step_per_batch() -> None:

@@ -121,9 +121,12 @@ def test_the_tables_hold_the_numbers_one_gets_by_hand(tmp_path: Path) -> None:
     assert md_rows(text, "se")[0] == ["se", "6", "0.625 ± 0.019", "0.525 ± 0.019", "0.425 ± 0.019", "0.325 ± 0.019"]
     # all six differences are positive: p = 2 / 2**6, and six seeds are just enough for one comparison
     difference = md_rows(text, "se")[1]
-    assert difference[:3] == ["se", "6", "+0.075"] and difference[-3:] == ["0.0312", "0.0312", "better"]
-    assert difference[4] == "+0.000 to +0.000"  # over the images: the same boxes in both arms
-    assert md_rows(text, "se")[3] == [
+    assert difference[:4] == ["se", "plain", "6", "+0.075"] and difference[-3:] == ["0.0312", "1", "better"]
+    assert difference[4:6] == ["+0.050 to +0.100", "+0.000 to +0.000"]  # over the images: the same boxes in both arms
+    # the standard deviation of six differences from 0.05 to 0.10; all six higher: 0.025 ** (1 / 6) is 54 %
+    power = md_rows(text, "se")[3]
+    assert power[:2] == ["se", "0.019"] and power[3:] == ["3%", "6 of 6", "100% (54% to 100%)"]
+    assert md_rows(text, "se")[4] == [
         "se",
         "1,234,567",
         "4.25",
@@ -142,11 +145,75 @@ def test_an_arm_that_loses_is_called_worse(tmp_path: Path) -> None:
     assert md_rows(text, "se")[1][-1] == "worse" and "worse: se." in text
 
 
-def test_mixed_signs_with_seeds_enough_are_no_difference_found(tmp_path: Path) -> None:
+def test_arms_within_the_margin_are_called_equivalent(tmp_path: Path) -> None:
+    scores = {"plain": SIX["plain"], "se": {s: 0.25 + 0.001 * (-1) ** s for s in range(6)}}
+    text, *_ = report(ablation_in(tmp_path, scores))
+    assert md_rows(text, "se")[1][-3:] == ["1", "0.0156", "equivalent"] and "by mAP50-95: equivalent: se." in text
+
+
+def stated(folder: Path, **changes: Any) -> None:
+    """Put further entries into an ablation's recipe."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False), encoding="utf-8")
+
+
+def test_an_arm_is_compared_with_the_one_that_the_recipe_names_and_references_are_only_shown(tmp_path: Path) -> None:
+    scores = {"plain": SIX["plain"], "frozen": dict.fromkeys(range(6), 0.3), "se": SIX["se"], "untouched": SIX["plain"]}
+    folder = ablation_in(tmp_path, scores)
+    stated(folder, against={"frozen": "plain", "se": "frozen"}, rule={"least": 0.001, "margin": 0.02})
+    text, *_ = report(folder)
+    assert md_rows(text, "se")[1][:4] == ["se", "frozen", "6", "+0.025"]
+    assert "corrected for all 2 comparisons" in text and "a mean difference of 0.001 or more" in text
+    assert "untouched: mAP50-95 +0.000 against plain, higher in 0 of 6 seeds; shown, not judged." in text
+    assert ["untouched", "6", "+0.000", "+0.000 to +0.000", "0 of 6", "1"] in md_rows(text, "untouched")
+    assert "harms" not in text
+    for seed in range(6):
+        write_cell(folder, "untouched", seed, 0.26)
+    text, *_ = report(folder)
+    assert "This recipe harms what it starts from: the untouched checkpoint is +0.010 above 'plain'" in text
+    for wrong in (
+        {"against": {"se": "gate"}},
+        {"against": ["se"]},
+        {"against": {"se": ["plain"]}},
+        {"rule": {"least": "x"}},
+        {"rule": {"last": 1}},
+        {"rule": 1},
+    ):
+        stated(folder, **{"against": {"se": "frozen"}, "rule": {}, **wrong})
+        with pytest.raises(UserError, match=r"recipe\.yaml.*as ablate.py writes them"):
+            load(folder)
+
+
+def test_seeds_of_one_split_are_one_difference_and_have_a_column_each(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, {"plain": {}, "se": {}})
+    for arm, higher in (("plain", 0.0), ("se", 0.05)):
+        for run in range(12):
+            place = write_cell(folder, arm, run, 0.25 + higher)
+            cell = json.loads((place / "cell.json").read_text(encoding="utf-8"))
+            (place / "cell.json").write_text(json.dumps({**cell, "split": run // 2, "seed": run % 2}))
+    text, rows, _ = report(folder)
+    assert md_rows(text, "se")[1][:4] == ["se", "plain", "6", "+0.050"] and "6 of 6 paired splits" in text
+    assert [(row["split"], row["seed"]) for row in rows[:3]] == [("0", "0"), ("0", "1"), ("1", "0")]
+    assert md_rows(text, "plain")[-2][1] == "split 5 seed 1"
+
+
+def test_a_diverged_cell_counts_as_zero_and_is_named(tmp_path: Path) -> None:
+    folder = ablation_in(tmp_path, SIX)
+    file = folder / "cells/se/seed3/cell.json"
+    zeros = dict.fromkeys(("precision", "recall", "mAP50", "mAP50-95"), 0.0)
+    entry = {**json.loads(file.read_text(encoding="utf-8")), **zeros, "diverged": "epoch 1: the loss is not finite"}
+    file.write_text(json.dumps(entry), encoding="utf-8")
+    (file.parent / "results.csv").unlink()
+    text, *_ = report(folder)
+    assert "The training diverged, which counts as a score of 0: se 3." in text
+    assert md_rows(text, "se")[1][2:4] == ["6", "+0.020"]  # 0.05 + 0.06 + 0.07 - 0.25 + 0.09 + 0.1 is 0.12
+
+
+def test_mixed_signs_with_seeds_enough_are_undecided(tmp_path: Path) -> None:
     scores = {"plain": SIX["plain"], "se": {s: 0.25 + 0.01 * (-1) ** s for s in range(6)}}
     text, *_ = report(ablation_in(tmp_path, scores))
-    assert md_rows(text, "se")[1][-1] == "no difference found"
-    assert "does not mean equal" in text
+    assert md_rows(text, "se")[1][-1] == "undecided"
+    assert "by mAP50-95: undecided: se." in text
 
 
 def test_all_three_files_agree_on_every_seed(tmp_path: Path) -> None:

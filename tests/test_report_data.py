@@ -27,14 +27,14 @@ def test_missing_cells_are_left_out_and_those_begun_are_named(tmp_path: Path) ->
     (folder / "cells" / "se" / "seed2").mkdir()
     text, rows, _ = report(folder)
     assert len(rows) == 5 and "Begun, but not done, and left out: se seed2." in text
-    assert md_rows(text, "se")[1][:3] == ["se", "2", "+0.150"]
+    assert md_rows(text, "se")[1][:4] == ["se", "plain", "2", "+0.150"]
     assert "1 seed missing" in text and "would need at least 6" in text
 
 
 def test_an_arm_without_any_cell_has_no_numbers(tmp_path: Path) -> None:
     text, rows, web = report(ablation_in(tmp_path, {"plain": {0: 0.2}, "se": {}}))
     assert len(rows) == 1 and md_rows(text, "se")[0] == ["se", "0", "-", "-", "-", "-"]
-    assert md_rows(text, "se")[1][:4] == ["se", "0", "-", "-"] and "nan" not in text + web
+    assert md_rows(text, "se")[1][1:5] == ["plain", "0", "-", "-"] and "nan" not in text + web
 
 
 def test_an_ablation_without_a_finished_cell_still_says_so(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_an_ablation_without_a_finished_cell_still_says_so(tmp_path: Path) -> No
 def test_a_single_seed_gives_no_interval_and_no_claim(tmp_path: Path) -> None:
     text, _, web = report(ablation_in(tmp_path, {"plain": {0: 0.25}, "se": {0: 0.35}}))
     row = md_rows(text, "se")[1]
-    assert row[1:4] == ["1", "+0.100", "-"] and row[-1] == "too few seeds (6 needed)"
+    assert row[2:5] == ["1", "+0.100", "-"] and row[-1] == "too few seeds (6 needed)"
     assert md_rows(text, "se")[0][-1] == "0.350"  # and no ±
-    assert "No significance can be claimed" in text and "No significance can be claimed" in html.unescape(web)
+    assert "Nothing can be claimed" in text and "Nothing can be claimed" in html.unescape(web)
     assert 'class="whisker"' not in web and 'class="band"' not in web
 
 

@@ -71,6 +71,21 @@ def test_an_inserted_gate_loses_nothing(yolov5n: Checkpoint, cfg: str, index_cop
     assert (by_index.copied, by_index.total) == (index_copied, 351)
 
 
+def test_by_index_a_head_of_other_classes_is_dropped_whole(yolov5n: Checkpoint) -> None:
+    """As everybody loads a checkpoint; for the plain network nothing else differs from matching rows by structure."""
+    names = {0: "RBC", 1: "WBC", 2: "Platelets"}
+    usual, ours = (DetectionModel("yolov5n.yaml", nc=3, seed=0) for _ in range(2))
+    start = {key: value.clone() for key, value in usual.state_dict().items()}
+    report = transfer(usual, yolov5n, mode="index", names=names)
+    kept = transfer(ours, yolov5n, names=names)
+    head = {f"model.24.m.{level}.{part}" for level in range(3) for part in ("weight", "bias")}
+    assert (report.copied, report.partial, report.head) == (report.total - 6, 0, False)
+    assert (kept.copied, kept.partial, kept.head) == (report.copied, 6, True)
+    for (key, value), other in zip(usual.state_dict().items(), ours.state_dict().values()):
+        assert torch.equal(value, start[key]) if key in head else torch.equal(value, other), key
+        assert (key in head) != torch.equal(value, other), key
+
+
 @pytest.mark.parametrize(("cfg", "index_copied"), [("yolov5n-se-last.yaml", 198), ("yolov5n-se-presppf.yaml", 186)])
 def test_the_official_file_moves_into_both_variants(weights_dir: Path, cfg: str, index_copied: int) -> None:
     checkpoint = read(weights_dir / "yolov5n.pt")

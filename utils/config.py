@@ -343,7 +343,7 @@ def _number(value: Any) -> float | int | None:
 def check_hyp(hyp: Hyp, owners: Iterable[type]) -> Hyp:
     """The hyper-parameters completed with every owner's defaults.
 
-    An owner is a dataclass whose fields are keys of the file; a field's metadata may hold `min` and `max`.
+    An owner is a dataclass whose fields are keys of the file; a field's metadata may hold `min` and `max`, or `values`.
 
     Raises:
         UserError: a key nobody owns (with the most similar one), or a value out of range, with file and line.
@@ -355,6 +355,8 @@ def check_hyp(hyp: Hyp, owners: Iterable[type]) -> Hyp:
         low, high = fields[key].metadata.get("min", -math.inf), fields[key].metadata.get("max", math.inf)
         if not low <= value <= high:
             raise UserError(f"{hyp.where(key)}: '{key}' is {value:g}, expected {low:g} to {high:g}.")
+        if value not in (values := fields[key].metadata.get("values", (value,))):
+            raise UserError(f"{hyp.where(key)}: '{key}' is {value:g}, expected {' or '.join(map(str, values))}.")
     defaults = {key: f.default for key, f in fields.items() if f.default is not dataclasses.MISSING}
     return Hyp({**defaults, **hyp}, hyp.file)
 

@@ -62,14 +62,15 @@ def datasets_dir() -> Path | None:
     return user_path(value) if value else None
 
 
-def load_dataset(data: str | Path | Mapping[str, Any]) -> DatasetSpec:
+def load_dataset(data: str | Path | Mapping[str, Any], *, val_optional: bool = False) -> DatasetSpec:
     """Read a dataset YAML (or an equal mapping) and resolve its paths.
 
     A relative `path` is looked for below `YOLOV5_DATASETS_DIR` where that is set, the working directory, the
     repository, its folder `datasets`, and beside the YAML; the first that exists wins. Without `path` it is the first
     of these that holds the images of train and val. What is nowhere is fetched or drawn into `YOLOV5_DATASETS_DIR`,
     else into the repository's `datasets` (installed: that of the working directory): a leading `../datasets/` or
-    `datasets/` stands for this place, and other steps upwards are left out of it.
+    `datasets/` stands for this place, and other steps upwards are left out of it. With `val_optional` there need not
+    be a `val`.
 
     Raises:
         UserError: a missing or unknown kind of entry, with the YAML's line.
@@ -82,7 +83,7 @@ def load_dataset(data: str | Path | Mapping[str, Any]) -> DatasetSpec:
     names = _names(file)
     splits = {task: _split_paths(file, task, root) for task in ("train", "val", "test")}
     for task in ("train", "val"):
-        if not splits[task]:
+        if not splits[task] and not (task == "val" and val_optional):
             raise UserError(f"{file.where()}: has no '{task}' entry. Add `{task}: <folder of images>`.")
     download, draw = file.data.get("download"), file.data.get("draw")
     if draw is not None and draw != "shapes":
@@ -161,25 +162,27 @@ def coco_categories() -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ in place
 
 
-def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val") -> DatasetSpec:
+def prepare(data: str | Path | Mapping[str, Any], *, task: str = "val", val_optional: bool = False) -> DatasetSpec:
     """The dataset of a YAML file, its images in place: drawn, or fetched, where the file says how.
 
     Raises:
         UserError: images of `task` (for training those of `val` too) that are not there and cannot be had.
     """
-    spec = load_dataset(data)
+    spec = load_dataset(data, val_optional=val_optional)
     if spec.draw:
         return prepare_shapes(spec)
-    tasks = ("train", "val") if task == "train" else (task,)
+    tasks = ("train", "val") if task == "train" and (spec.val or not val_optional) else (task,)
     if _missing(spec, tasks) and spec.download:
         brought = fetch_archive(spec.download, spec.root.parent)
         spec = spec if spec.root.exists() else spec.moved(brought)
     for missing_task, path in _missing(spec, tasks):
-        raise UserError(
-            f"{spec.file.where(missing_task)}: the '{missing_task}' images are not at {path}. `path:` "
-            f"({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working directory, the "
-            f"repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
+        source = spec.file.data.get("source")  # where it is to be had, if not in a form that could be fetched
+        advice = (
+            f"`path:` ({spec.file.data.get('path', '.')}) is looked for below YOLOV5_DATASETS_DIR, the working"
+            f" directory, the repository, its folder datasets, and beside the YAML. Correct it. {OFFLINE_HINT}"
         )
+        where = spec.file.where(missing_task)
+        raise UserError(f"{where}: the '{missing_task}' images are not at {path}. {source or advice}")
     return spec
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class OptimHyp:
     warmup_momentum: float = field(default=0.8, metadata={"min": 0.0, "max": 0.9999})
     warmup_bias_lr: float = field(default=0.1, metadata={"min": 0.0, "max": 10.0})
     nominal_batch: float = field(default=64, metadata={"min": 1, "max": 65536})  # images per optimizer step
+    short_warmup: float = field(default=1, metadata={"values": (0, 1)})  # at most a third of the run; 0: as YOLOv5
+    last_step: float = field(default=1, metadata={"values": (0, 1)})  # at an epoch's end; 0: as YOLOv5, see steps_in
 
 
 def accumulation(hyp: OptimHyp, batch_size: int) -> int:
@@ -133,7 +136,7 @@ class Schedule:
     lr0 * lrf. Deviation: rates and momentum never warm up for more than a third of the run, where upstream's minimum of
     100 iterations keeps short runs inside the warm-up to their end. The accumulation keeps upstream's length: a short
     run has few steps already. Fine-tuning yolov5n with SE on coco128 for 3 epochs of 8 batches ended at mAP50 0.29 with
-    both shortened (9 steps), 0.37 like this (21 steps), 0.36 with upstream's rule.
+    both shortened (9 steps), 0.37 like this (21 steps), 0.36 with upstream's rule, which `short_warmup: 0` gives.
     """
 
     hyp: OptimHyp
@@ -152,6 +155,8 @@ class Schedule:
     @property
     def warmup_iterations(self) -> int:
         """Over how many iterations learning rates and momentum warm up: at most a third of the run."""
+        if not self.hyp.short_warmup:
+            return self.accumulation_iterations
         return min(self.accumulation_iterations, self.epochs * self.batches_per_epoch // 3)
 
     def factor(self, epoch: int) -> float:
@@ -180,15 +185,28 @@ class Schedule:
         """Which batches of an epoch end with an optimizer step.
 
         The last one always does: a started accumulation is used, not dropped, and no gradient outlives its epoch, so
-        an epoch can be repeated from a checkpoint bit for bit.
+        an epoch can be repeated from a checkpoint bit for bit. With `last_step: 0` it is upstream's rule: gradients of
+        an accumulation that an epoch's end cuts off are dropped, and its batches still count towards the next step.
         """
         first = epoch * self.batches_per_epoch
+        if not self.hyp.last_step:
+            return self._steps_across_epochs[first : first + self.batches_per_epoch]
         flags, waiting = [], 0
         for index in range(self.batches_per_epoch):
             waiting += 1
             step = waiting >= self.at(first + index).accumulate or index == self.batches_per_epoch - 1
             flags.append(step)
             waiting = 0 if step else waiting
+        return flags
+
+    @cached_property
+    def _steps_across_epochs(self) -> list[bool]:
+        """Which batches of the whole run end with a step, where epochs do not."""
+        flags, waiting = [], 0
+        for iteration in range(self.epochs * self.batches_per_epoch):
+            waiting += 1
+            flags.append(waiting >= self.at(iteration).accumulate)
+            waiting = 0 if flags[-1] else waiting
         return flags
 
     def apply_(self, optimizer: torch.optim.Optimizer, iteration: int) -> None:

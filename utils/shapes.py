@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,9 +356,10 @@ def _paint(canvas: Shorts, shapes: list[Shape], bits: RandomBits) -> None:
         _blend(canvas[:, rows, columns], colours[-1].astype(np.int16)[:, None, None] + shade, cover)
 
 
-def draw(split: str, index: int) -> Picture:
-    """One picture of the dataset: `split` is a key of SPLITS, `index` below its value."""
-    bits = RandomBits(VERSION, list(SPLITS).index(split), index)
+def draw(split: str, index: int, seed: int | None = None) -> Picture:
+    """One picture: `split` is a key of SPLITS. With a seed it is of another, endless dataset of the same kind."""
+    other = () if seed is None else (seed + 1,)  # a seed sequence that ends with 0 is the one without
+    bits = RandomBits(VERSION, list(SPLITS).index(split), index, *other)
     canvas = _background(bits)
     _paint_clutter(canvas, bits)
     shapes = compose(bits)
@@ -375,11 +377,20 @@ def _files(root: Path, split: str, index: int) -> tuple[Path, Path]:
     return root / "images" / split / f"{index:04d}.png", root / "labels" / split / f"{index:04d}.txt"
 
 
-def missing_files(root: Path) -> list[tuple[str, int]]:
-    """Split and index of every picture that has to be drawn; all where another version drew the folder."""
-    everything = [(split, index) for split, count in SPLITS.items() for index in range(count)]
+def _version(seed: int | None) -> str:
+    return f"shapes {VERSION}\n" if seed is None else f"shapes {VERSION} seed {seed}\n"
+
+
+def missing_files(
+    root: Path, counts: Mapping[str, int] | None = None, seed: int | None = None
+) -> list[tuple[str, int]]:
+    """Split and index of every picture that has to be drawn; all where another version or seed drew the folder.
+
+    `counts` are the images per split, those of SPLITS unless given; `seed` as in `draw`.
+    """
+    everything = [(split, index) for split, count in (counts or SPLITS).items() for index in range(count)]
     try:
-        if (root / "version.txt").read_text(encoding="utf-8") != f"shapes {VERSION}\n":
+        if (root / "version.txt").read_text(encoding="utf-8") != _version(seed):
             return everything
         present = {file for file in root.glob("*/*/*") if file.stat().st_size}
     except (OSError, UnicodeDecodeError):
@@ -387,15 +398,17 @@ def missing_files(root: Path) -> list[tuple[str, int]]:
     return [job for job in everything if not present.issuperset(_files(root, *job))]
 
 
-def draw_files(root: Path) -> None:
+def draw_files(root: Path, counts: Mapping[str, int] | None = None, seed: int | None = None) -> None:
     """Draw what is missing below `root`; OSError where it cannot be written, or is marked read-only."""
     refuse_read_only(root)
-    missing = missing_files(root)
+    missing = missing_files(root, counts, seed)
     remove_leftovers(root, *(root / kind / split for kind in ("images", "labels") for split in SPLITS))
-    LOGGER.info(f"Drawing the shapes dataset: {len(missing)} images of {sum(SPLITS.values())} into {root} ...")
+    LOGGER.info(
+        f"Drawing the shapes dataset: {len(missing)} images of {sum((counts or SPLITS).values())} into {root} ..."
+    )
 
     def work(job: tuple[str, int]) -> None:
-        picture = draw(*job)
+        picture = draw(*job) if seed is None else draw(*job, seed)
         image_file, label_file = _files(root, *job)
         # noise leaves nothing for PNG's dictionary to find: Huffman codes alone are smaller and faster here
         options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY]
@@ -405,7 +418,7 @@ def draw_files(root: Path) -> None:
     # numpy and the PNG encoder let go of the interpreter lock, so threads overlap; more than a few would wait for it
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(work, missing))
-    _write(root / "version.txt", f"shapes {VERSION}\n".encode())
+    _write(root / "version.txt", _version(seed).encode())
 
 
 def _write(file: Path, content: bytes) -> None:
