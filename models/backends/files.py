@@ -10,7 +10,7 @@ import torch
 from models.backends.base import Backend, Exported
 from models.backends.onnx import ONNX
 from models.backends.openvino import OpenVINO
-from models.backends.pytorch import PyTorch
+from models.backends.pytorch import PyTorch, speed_up_
 from models.backends.torchscript import TorchScript
 from models.backends.yolov5 import YOLOv5
 from models.checkpoints.files import load_model
@@ -53,6 +53,9 @@ def load(
     networks = [
         load_model(find_weights(name), device, fuse=fuse).to(memory_format=torch.channels_last) for name in names
     ]
+    if fuse:
+        for network in networks:
+            speed_up_(network)
     return PyTorch([network.half() if half else network for network in networks])
 
 
