@@ -358,10 +358,10 @@ def test_an_image_size_that_no_memory_holds_is_refused() -> None:
 
 
 def test_lower_precision_follows_the_processors_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils import engine
+    from utils import engine, runtime
 
     for text, native in (("flags : fpu avx512_bf16 sse", True), ("flags: amx_bf16", False), ("flags : avx2", False)):
-        monkeypatch.setattr(engine.Path, "read_text", lambda self, text=text, **_: text)
+        monkeypatch.setattr(runtime.Path, "read_text", lambda self, text=text, **_: text)
         assert native_bf16() == (native or " amx_bf16" in text)
     monkeypatch.setattr(engine, "native_bf16", lambda: True)
     assert engine.autocast_dtype(CPU) is torch.bfloat16

@@ -1,10 +1,11 @@
-"""Checkpoints run by PyTorch on a CPU: the 1x1 convolutions that oneDNN's matrix kernels run."""
+"""Checkpoints run by PyTorch on a CPU: the 1x1 convolutions that oneDNN's matrix kernels run, and bf16."""
 
 from __future__ import annotations
 
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from models.backends import load
 from models.backends.pytorch import Pointwise, speed_up_
 from tests.test_val import micro_checkpoint
+from utils.config import UserError
 
 needs_kernels = pytest.mark.skipif(not Pointwise.here(), reason="another processor, or a torch without oneDNN")
 
@@ -123,3 +125,24 @@ def test_a_loaded_checkpoint_finds_the_same_with_it(checkpoint: Path, monkeypatc
 @needs_kernels
 def test_a_network_that_is_not_folded_is_left_as_it_is(checkpoint: Path) -> None:
     assert not any(isinstance(layer, Pointwise) for layer in load(checkpoint, fuse=False).modules())
+
+
+def test_in_bf16_boxes_and_scores_stay_fp32(checkpoint: Path) -> None:
+    half, full = load(checkpoint, half=True), load(checkpoint)
+    head: Any = half.networks[0].head
+    assert half.dtype is torch.bfloat16
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
+    assert torch.equal(head.anchors, full.networks[0].head.anchors)
+    x = images(2, 3, 96, 128)
+    with torch.inference_mode():
+        found, wanted = half(x.bfloat16()).predictions, full(x).predictions
+    assert found.dtype is torch.float32
+    fractions = found[..., :2] * 256
+    assert not torch.equal(fractions, fractions.round()), "bf16 has no such positions"
+    assert (found - wanted)[..., 4:].abs().max() < 0.05
+
+
+def test_bf16_is_for_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "best.torchscript").touch()
+    with pytest.raises(UserError, match=r"--half on a CPU is for \.pt checkpoints"):
+        load(tmp_path / "best.torchscript", half=True)
