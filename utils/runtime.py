@@ -198,7 +198,7 @@ def check_half(device: torch.device) -> None:
     elif device.type != "cuda":
         raise UserError(
             "--half needs a CUDA device (fp16) or a CPU with AVX512-BF16 or AMX (bf16), and neither is used here. "
-            "Leave it out: fp32 is as fast here."
+            "Leave it out: fp32 is the default."
         )
 
 
