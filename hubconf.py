@@ -30,6 +30,7 @@ def custom(
     autoshape: bool = True,
     _verbose: bool = True,
     device: str | torch.device | None = None,
+    half: bool = False,
 ) -> nn.Module:
     """A network from a file: a checkpoint of ours or of YOLOv5, or an exported one.
 
@@ -39,22 +40,25 @@ def custom(
             batch norms not folded, which takes tensors and can be trained.
         _verbose: log what happens.
         device: where it runs; the first GPU, or the CPU, unless given.
+        half: compute in fp16 on CUDA, in bf16 on a CPU that has it; for a wrapped network.
 
     Raises:
-        UserError: no such file, or nothing that finds boxes.
+        UserError: no such file, `half` where it does not help, or nothing that finds boxes.
     """
     from models.backends import load
     from models.checkpoints.files import load_model
     from models.predictor import AutoShape
     from utils.downloads import find_weights
-    from utils.runtime import select_device
+    from utils.runtime import check_half, select_device
 
     with _logging(_verbose):
         path = Path(path) if Path(path).suffix or Path(path).is_dir() else Path(f"{path}.pt")
         where = select_device("" if device is None else device)
         if not autoshape:
             return load_model(find_weights(path), where, fuse=False)
-        return AutoShape(load(path, where), verbose=_verbose)
+        if half:
+            check_half(where)
+        return AutoShape(load(path, where, half=half), verbose=_verbose)
 
 
 def _create(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, fp16_works, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, check_half, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     add("--project", default=str(WORK / "runs/val"), help="folder of the runs")
     add("--name", default="exp", help="name of this run")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
-    add("--half", action="store_true", help="fp16 inference (CUDA)")
+    add("--half", action="store_true", help="compute in fp16 (CUDA), or bf16 (a CPU that has it; mAP within 0.002)")
     add("--dnn", action="store_true", help="not offered: OpenCV DNN inference of ONNX files")
     add("--noplots", action="store_true", help="no pictures")
     add("--skip-bad", action="store_true", help="leave out images that cannot be used even if more than a tenth are")
@@ -109,7 +109,9 @@ def _validate(options: argparse.Namespace) -> Summary:
     device = select_device(options.device, options.batch_size)
     task = options.task if options.task in ("train", "val", "test") else "val"
     spec = prepare(options.data, task=task)
-    half = fp16_works(device) if options.half else speed and device.type == "cuda"
+    if options.half:
+        check_half(device)
+    half = options.half or (speed and device.type == "cuda")
     network = load(options.weights, device, half=half)
     names = _names(options, spec, network.names)
     imgsz = input_hw([options.imgsz], network)[0]

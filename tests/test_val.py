@@ -18,10 +18,12 @@ import yaml
 from conftest import REPOSITORY, TinyDataset
 
 import detect
+import hubconf
 import val
 from models.checkpoints.files import save
 from models.yolo import build_model
 from tests.test_dataloaders import spoil
+from utils import runtime
 from utils.config import UserError
 from utils.data import coco_categories
 
@@ -96,6 +98,15 @@ def test_yolov5n_gets_the_reference_numbers_on_coco128(
     images, instances, *metrics = row_of(output)
     assert (images, instances) == (128, 929)
     assert metrics == pytest.approx([0.616, 0.409, 0.463, 0.309], abs=0.002)
+
+
+@pytest.mark.slow
+def test_bf16_keeps_map_within_what_help_says(weights_dir: Path, datasets_dir: Path, tmp_path: Path) -> None:
+    if not runtime.native_bf16():
+        pytest.skip("this CPU has no bf16 of its own")
+    common = ("--weights", weights_dir / "yolov5n.pt", "--data", "coco128.yaml", "--project", tmp_path, "--noplots")
+    *_, map50, map5095 = row_of(script(*common, "--half"))
+    assert (map50, map5095) == pytest.approx((0.4636, 0.3103), abs=0.0025)  # 0.002, printed to three digits
 
 
 # -------------------------------------------------------------------------------------------- what it prints and writes
@@ -323,16 +334,31 @@ def test_wrong_options_are_refused(
         quick(checkpoint, tiny_dataset, tmp_path, **changes)
 
 
-def test_half_precision_on_a_cpu_is_fp32_with_the_same_warning_from_everywhere(
-    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, said: list[str]
+def test_half_on_a_cpu_without_bf16_is_refused_everywhere(
+    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = quick(checkpoint, tiny_dataset, tmp_path)[0]
-    assert quick(checkpoint, tiny_dataset, tmp_path, half=True)[0] == wanted
+    monkeypatch.setattr(runtime, "native_bf16", lambda: False)
     common = ["--weights", str(checkpoint), "--project", str(tmp_path / "runs"), "--device", "cpu", "--half"]
-    val.main([*common, "--data", str(tiny_dataset.yaml), "--img", "64", "--workers", "0", "--noplots"])
+    message = r"--half needs a CUDA device \(fp16\) or a CPU with .* Leave it out: fp32"
+    with pytest.raises(UserError, match=message):
+        val.main([*common, "--data", str(tiny_dataset.yaml), "--img", "64", "--workers", "0", "--noplots"])
+    with pytest.raises(UserError, match=message):
+        detect.main([*common, "--source", str(tiny_dataset.val[0]), "--img", "64", "--nosave"])
+    with pytest.raises(UserError, match=message):
+        hubconf.custom(checkpoint, device="cpu", half=True, _verbose=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_half_on_a_cpu_with_bf16_says_so(
+    checkpoint: Path, tiny_dataset: TinyDataset, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "native_bf16", lambda: True)
+    quick(checkpoint, tiny_dataset, tmp_path, half=True)
+    common = ["--weights", str(checkpoint), "--project", str(tmp_path / "runs"), "--device", "cpu", "--half"]
     detect.main([*common, "--source", str(tiny_dataset.val[0]), "--img", "64", "--nosave"])
-    warnings = [line for line in said if "--half" in line or "fp16" in line]
-    assert warnings == ["--half needs a CUDA device: computing in fp32."] * 3
+    assert sum(line.startswith("--half: computing in bf16") for line in said) == 2
+    network = hubconf.custom(checkpoint, device="cpu", half=True, _verbose=False)
+    assert network.model.dtype is torch.bfloat16
 
 
 def test_a_size_that_is_not_a_multiple_of_the_stride_is_rounded_up(

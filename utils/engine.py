@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from utils.inference import DetectOptions, Detector, restore, to_float
 from utils.metrics import IOU_THRESHOLDS, APResult, AveragePrecision, ConfusionMatrix
 from utils.optim import ModelEMA, Schedule
 from utils.progress import Bar, EpochRow
+from utils.runtime import native_bf16
 from utils.tasks import DETECT, ComputesLoss
 
 TABLE_COLUMNS = ("Class", "Images", "Instances", *DETECT.table)
@@ -234,15 +234,6 @@ OnTrainBatch = Callable[[int, Batch], None]
 
 class NonFiniteLoss(UserError):
     """The loss became nan or infinite; the message names the batch's images."""
-
-
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); where it does not, bf16 is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -22,7 +22,7 @@ from utils.nms import non_max_suppression
 from utils.runtime import LOGGER, Stopwatch
 
 # Images per forward pass on a CPU, whatever the batch: activations stay near the caches and memory stays low.
-CPU_CHUNK = 4
+CPU_CHUNK = 2
 MAX_IMGSZ = 16_384  # a square of it takes 3 GB as floats, before the network has seen it
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config import UserError
@@ -177,11 +178,28 @@ def select_device(name: str | torch.device = "", batch_size: int = 0) -> torch.d
     return device
 
 
-def fp16_works(device: torch.device) -> bool:
-    """Whether `--half` can be done on the device; a warning says so where it cannot, and fp32 is used."""
-    if device.type != "cuda":
-        LOGGER.warning("--half needs a CUDA device: computing in fp32.")
-    return device.type == "cuda"
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); where it does not, bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
+
+
+def check_half(device: torch.device) -> None:
+    """Log what `--half` stands for on a CPU.
+
+    Raises:
+        UserError: neither a CUDA device nor a CPU with bf16 of its own.
+    """
+    if device.type == "cpu" and native_bf16():
+        LOGGER.info("--half: computing in bf16, which this CPU multiplies itself; boxes and scores stay in fp32.")
+    elif device.type != "cuda":
+        raise UserError(
+            "--half needs a CUDA device (fp16) or a CPU with AVX512-BF16 or AMX (bf16), and neither is used here. "
+            "Leave it out: fp32 is the default."
+        )
 
 
 def _describe(device: torch.device) -> str:

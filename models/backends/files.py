@@ -10,7 +10,7 @@ import torch
 from models.backends.base import Backend, Exported
 from models.backends.onnx import ONNX
 from models.backends.openvino import OpenVINO
-from models.backends.pytorch import PyTorch
+from models.backends.pytorch import PyTorch, speed_up_, to_bf16_
 from models.backends.torchscript import TorchScript
 from models.backends.yolov5 import YOLOv5
 from models.checkpoints.files import load_model
@@ -33,7 +33,7 @@ def load(
     Args:
         weights: a path, or a name such as `yolov5s.pt` that is looked for and fetched; or an exported file.
         device: where it runs.
-        half: in fp16; for CUDA.
+        half: in fp16; a checkpoint on a CPU in bf16, see `to_bf16_`.
         fuse: fold the batch norms of a checkpoint into its convolutions.
 
     Raises:
@@ -49,11 +49,22 @@ def load(
         if kind is not None:
             if len(names) > 1:
                 raise UserError(f"--weights {name}: an ensemble is made of .pt checkpoints, not of exported files.")
+            if half and torch.device(device).type == "cpu":
+                raise UserError(
+                    f"--weights {name}: --half on a CPU is for .pt checkpoints. Leave it out, or export so."
+                )
             return kind(_exported_path(name), device, half=half).eval()
     networks = [
         load_model(find_weights(name), device, fuse=fuse).to(memory_format=torch.channels_last) for name in names
     ]
-    return PyTorch([network.half() if half else network for network in networks])
+    for network in networks:
+        if fuse:
+            speed_up_(network)
+        if half and network.head.stride.device.type == "cpu":
+            to_bf16_(network)
+        elif half:
+            network.half()
+    return PyTorch(networks)
 
 
 def reader_of(name: str | Path) -> type[Exported] | None:
