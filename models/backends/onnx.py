@@ -115,7 +115,7 @@ class ONNX(Exported):
     @classmethod
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
         onnx = needed("onnx", "--include onnx")
-        model = onnx.load_from_string(_exported(network, options))
+        model = onnx.load_from_string(serialized(network, options))
         if options.nms:
             model = with_suppression(onnx, model, options)
         if options.simplify:
@@ -135,7 +135,7 @@ class ONNX(Exported):
         return [as_predictions(tensors[0], len(self.names))] if self.is_final else tensors
 
 
-def _exported(network: DetectionModel, options: ExportOptions) -> bytes:
+def serialized(network: DetectionModel, options: ExportOptions) -> bytes:
     """The network as a serialized ONNX model."""
     model, images = traceable(network, options)
     outputs = [OUTPUT, PROTOTYPES] if network.num_masks else [OUTPUT]
