@@ -13,9 +13,13 @@ import pytest
 import torch
 from test_export import X, needs, predictions, tiny
 
+import detect
 import export
+import hubconf
+import val
 from models.backends import FORMATS, DetectMultiBackend, ExportOptions, load
 from models.backends.tensorrt import MAX_HEADER, read_engine, write_engine
+from tests.conftest import TinyDataset
 from utils.config import UserError
 
 SIZE = (96, 64)
@@ -117,7 +121,7 @@ def exported(source: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("version", [8, 10, 11])
 def test_an_engine_is_fed_and_read_at_its_addresses(version: int, best: Path) -> None:
-    needs("onnxruntime")
+    needs("onnx", "onnxruntime")
     from simulated_tensorrt import simulated_tensorrt
 
     with simulated_tensorrt(version) as built:
@@ -136,7 +140,7 @@ def test_an_engine_is_fed_and_read_at_its_addresses(version: int, best: Path) ->
 
 @pytest.mark.parametrize("version", [8, 10, 11])
 def test_an_engine_in_fp16_comes_from_a_graph_in_fp16(version: int, best: Path) -> None:
-    needs("onnxruntime")
+    needs("onnx", "onnxruntime")
     from simulated_tensorrt import simulated_tensorrt
 
     with simulated_tensorrt(version) as built:
@@ -150,7 +154,7 @@ def test_an_engine_in_fp16_comes_from_a_graph_in_fp16(version: int, best: Path) 
 
 
 def test_a_dynamic_engine_takes_larger_batches_in_parts_and_no_larger_images(best: Path) -> None:
-    needs("onnxruntime")
+    needs("onnx", "onnxruntime")
     from simulated_tensorrt import simulated_tensorrt
 
     with simulated_tensorrt():
@@ -167,7 +171,7 @@ def test_a_dynamic_engine_takes_larger_batches_in_parts_and_no_larger_images(bes
 
 @pytest.mark.slow
 def test_a_segmentation_engine_keeps_its_masks(tmp_path: Path) -> None:
-    needs("onnxruntime")
+    needs("onnx", "onnxruntime")
     from simulated_tensorrt import simulated_tensorrt
 
     source = tiny(tmp_path / "seg.pt", "segment/yolov5n-seg.yaml", width_multiple=0.25)
@@ -177,8 +181,32 @@ def test_a_segmentation_engine_keeps_its_masks(tmp_path: Path) -> None:
         torch.testing.assert_close(found.prototypes, wanted.prototypes, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_val_detect_and_the_hub_take_an_engine(dynamic: bool, own_tiny_dataset: TinyDataset, in_tmp: Path) -> None:
+    needs("onnx", "onnxruntime")
+    from simulated_tensorrt import simulated_tensorrt
+
+    source = tiny(in_tmp / "best.pt", nc=len(own_tiny_dataset.names))
+    same = {"data": str(own_tiny_dataset.yaml), "imgsz": 64, "workers": 0, "noplots": True, "project": str(in_tmp)}
+    same |= {"device": "cpu", "batch_size": 3}
+    image = str(own_tiny_dataset.val[0])
+    with simulated_tensorrt():
+        file = str(exported(source, size_hw=(64, 64), dynamic=dynamic, batch_size=2))
+        assert val.run(weights=file, **same)[0][3] == pytest.approx(
+            val.run(weights=str(source), **same)[0][3], abs=0.02
+        )
+        detect.run(weights=file, source=image, imgsz=64, project=str(in_tmp), name="found", device="cpu")
+        assert list((in_tmp / "found").iterdir())
+        found, wanted = (hubconf.custom(name, device="cpu", _verbose=False) for name in (file, str(source)))
+        found.conf = wanted.conf = 1e-4
+        scores = [model(image, size=64).xyxy[0][:5, 4] for model in (found, wanted)]  # boxes of equal scores swap
+        assert len(scores[0]) == 5
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
+
+
 def test_what_tensorrt_cannot_read_or_build_or_load_is_one_line(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("onnxruntime")
+    needs("onnx", "onnxruntime")
     import simulated_tensorrt
 
     with simulated_tensorrt.simulated_tensorrt():

@@ -160,7 +160,7 @@ def serialized(network: DetectionModel, options: ExportOptions) -> bytes:
             )
         except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"--include onnx: torch cannot export it at opset {options.opset} ({line}).") from None
+            raise UserError(f"--opset {options.opset}: torch cannot export the network to ONNX ({line}).") from None
         return file.read_bytes()
 
 

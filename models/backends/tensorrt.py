@@ -74,7 +74,8 @@ class TensorRT(Exported):
 
     @classmethod
     def check(cls, options: ExportOptions) -> None:
-        needed("tensorrt", "--include engine")
+        for package in ("tensorrt", "onnx"):  # torch's exporter needs the second
+            needed(package, "--include engine")
 
     @classmethod
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
