@@ -106,6 +106,13 @@ def layer_norm(x: Tensor, axes: Tensor, epsilon: float, gamma: Any = None, beta:
     return normal * (1 if gamma is None else gamma.float()) + (0 if beta is None else beta.float())
 
 
+def batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, epsilon: float, gamma: Any = None, beta: Any = None
+) -> Tensor:
+    numbers = [None if one is None else one.float() for one in (mean, variance, gamma, beta)]
+    return F.batch_norm(x, *numbers, eps=float(epsilon))
+
+
 def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
     return (x.mT if transpose_x else x).float() @ (y.mT if transpose_y else y).float()
 
@@ -122,6 +129,7 @@ def upsample(x: Tensor, scale_factor_height: float, scale_factor_width: float) -
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
+    "batch_norm": batch_norm,
     "cast": lambda x, dtype: x,  # the output's type says to what
     "concat": lambda values, axis, interleave: torch.cat(values, int(axis)),
     "conv": conv,

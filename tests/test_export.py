@@ -33,7 +33,7 @@ X = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 def needs(*names: str) -> None:
     for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[export]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
 
 
 def tiny(path: Path, cfg: Any = "yolov5n.yaml", nc: int = 3, **changes: Any) -> Path:

@@ -227,7 +227,7 @@ def test_what_tensorrt_cannot_read_or_build_or_load_is_one_line(best: Path, monk
 def test_tensorrt_itself_computes_what_the_checkpoint_computes(
     options: dict[str, bool], best: Path, said: list[str]
 ) -> None:
-    needs("tensorrt")
+    pytest.importorskip("tensorrt", reason="tensorrt is not installed: pip install -e '.[tensorrt]'")
     if not torch.cuda.is_available():
         pytest.skip("TensorRT needs a CUDA device")
     (file,) = export.run(weights=str(best), include="engine", imgsz=SIZE, device="0", **options)  # or raises Mismatch
