@@ -2,7 +2,11 @@
 
     python export.py --weights best.pt --include torchscript onnx openvino
     python export.py --weights best.pt --include openvino --int8 --data data/my.yaml    # compares mAP, too
+    python export.py --weights best.pt --include engine --half --device 0               # TensorRT, on its GPU
     python export.py --weights best.pt --include yolov5                                 # back to ultralytics/yolov5
+
+Exit status: 0 where every file that this machine can run computes what its checkpoint computes, 1 where one does not, 2
+for a user's mistake. Core ML packages run on macOS only: elsewhere a warning says that one was not compared.
 
 From Python: `export.run(weights="best.pt", include=["onnx"])`; the keywords are the flags with underscores.
 """
@@ -24,10 +28,8 @@ if TYPE_CHECKING:
 
     from models.backends import Backend, ExportOptions
 
-FORMATS = ("torchscript", "onnx", "openvino", "yolov5")
+FORMATS = ("torchscript", "onnx", "openvino", "engine", "coreml", "yolov5")
 INSTEAD = {  # YOLOv5's other values of --include, and what to do about them
-    "engine": "export onnx, and on the GPU's machine run: trtexec --onnx=best.onnx --saveEngine=best.engine --fp16",
-    "coreml": "export torchscript, and convert it: coremltools.convert('best.torchscript', inputs=[...])",
     "saved_model": "export onnx, and run: onnx2tf -i best.onnx",
     "pb": "export onnx, and run: onnx2tf -i best.onnx",
     "tflite": "export onnx, and run: onnx2tf -i best.onnx (it writes .tflite files)",
@@ -54,11 +56,12 @@ def build_parser() -> ArgumentParser:
     add("--batch-size", type=int, default=1, help="images per batch")
     add("--device", default="cpu", help="cpu, or a CUDA number such as 0")
     add("--include", nargs="+", type=str.lower, default=["torchscript"], help=", ".join(FORMATS))
-    add("--half", action="store_true", help="fp16: openvino's weights; torchscript and onnx with a CUDA --device")
+    add("--half", action="store_true", help="fp16: openvino's weights, coreml, engine; others with a CUDA --device")
     add("--int8", action="store_true", help="openvino: 8-bit integers, calibrated on --data")
-    add("--dynamic", action="store_true", help="any image size and batch, in the file")
+    add("--dynamic", action="store_true", help="any image size and batch; engine: up to those of the export")
     add("--simplify", action="store_true", help="onnx: fewer operators, by onnxslim")
     add("--opset", type=int, default=17, help="onnx: version of its operators")
+    add("--workspace", type=int, default=4, help="engine: GiB of GPU memory for building it")
     add("--nms", action="store_true", help="onnx: final detections (batch, most, 6) as output")
     add("--conf-thres", type=float, default=0.25, help="--nms: lowest confidence")
     add("--iou-thres", type=float, default=0.45, help="--nms: IoU above which the weaker box is dropped")
@@ -70,7 +73,7 @@ def build_parser() -> ArgumentParser:
         ("--keras", "belongs to TensorFlow"),
         ("--optimize", "belongs to TorchScript on phones"),
         ("--per-tensor", "belongs to TensorFlow Lite"),
-        ("--mlmodel", "belongs to CoreML"),
+        ("--mlmodel", "coreml writes the newer .mlpackage"),
         ("--agnostic-nms", "--nms works class by class"),
     ):
         add(flag, action="store_true", help=f"not offered: {why}")
@@ -109,6 +112,9 @@ def _run(options: argparse.Namespace) -> list[str]:
     from utils.inference import input_hw
 
     device = select_device(options.device)
+    if "engine" in options.include and device.type != "cuda":
+        raise UserError("--include engine: TensorRT builds on the GPU that runs it. Add --device 0, or export onnx.")
+    usable: list[str] = []
     written: list[str] = []
     faults: list[str] = []
     for weights in options.weights:
@@ -131,9 +137,14 @@ def _run(options: argparse.Namespace) -> list[str]:
             path = KINDS[name].export(reference.model, stem, how)
             LOGGER.info(f"{name}: {display_path(path)} ({size_mb(path):.1f} MB)")
             written.append(str(path))
+            if reason := KINDS[name].cannot_run():
+                LOGGER.warning(f"{display_path(path)}: written, not compared: {reason}.")
+                continue
+            usable.append(str(path))
             bounds = KINDS[name].bounds(how)
             faults += _compared(options, load(path, device), reference, images, bounds, how, display_path(path))
-    _say_usage(written, options)
+    if usable:
+        _say_usage(usable[-1], options)
     if faults:
         raise Mismatch(" ".join(faults))
     return written
@@ -141,7 +152,7 @@ def _run(options: argparse.Namespace) -> list[str]:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that do not go together, and formats that are not offered."""
-    check_minimum(options, batch_size=1, topk_all=1, topk_per_class=1, opset=12)
+    check_minimum(options, batch_size=1, topk_all=1, topk_per_class=1, opset=12, workspace=1)
     for name in options.include:
         if name in INSTEAD:
             raise UserError(f"--include {name}: not offered. Instead {INSTEAD[name]}")
@@ -156,7 +167,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.int8 and not options.data:
         raise UserError("--int8: needs images to measure the ranges on. Name the dataset with --data.")
     if options.half and str(options.device).lower() in ("", "cpu") and {"torchscript", "onnx"} & set(options.include):
-        raise UserError("--half: torchscript and onnx need a CUDA --device for it; on a CPU openvino alone has it.")
+        raise UserError("--half: torchscript and onnx need a CUDA --device for it; openvino and coreml do not.")
+    if options.dynamic and "coreml" in options.include:
+        raise UserError("--dynamic: a Core ML package is made for one size. Leave it out, or export coreml by itself.")
     if options.half and options.int8:
         raise UserError("--half and --int8 are two precisions: choose one.")
 
@@ -170,7 +183,7 @@ def export_options(
         raise UserError("--nms: not for segmentation networks, whose rows also hold mask coefficients.")
     calibration = load_images(options, size_hw, "train", CALIBRATION_IMAGES) if options.int8 else []
     same = ("batch_size", "half", "int8", "dynamic", "simplify", "opset", "nms", "conf_thres", "iou_thres", "topk_all",
-            "topk_per_class", "with_code")  # fmt: skip
+            "topk_per_class", "with_code", "workspace")  # fmt: skip
     chosen = {key: getattr(options, key) for key in same}
     return ExportOptions(size_hw=size_hw, source=source, calibration=calibration, **chosen)
 
@@ -239,7 +252,8 @@ def difference(
 
     is_final = getattr(network, "is_final", False)
     boxes, scores = 0.0, 0.0
-    with torch.no_grad():
+    # a convolution in TF32, torch's default on CUDA, moves boxes by more than full precision is allowed
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for image in images:
             batch = image.expand(network.batch_size or 1, -1, -1, -1)
             found = network(batch.to(network.device)).predictions[:1].cpu()
@@ -291,9 +305,9 @@ def mean_ap(network: Backend, data: str, final: ExportOptions | None = None) -> 
     return float(judge(network, spec, "val", protocol, imgsz=imgsz, batch_size=16).ap.map)
 
 
-def _say_usage(written: Sequence[str], options: argparse.Namespace) -> None:
-    """How to use the last file."""
-    path = display_path(written[-1])
+def _say_usage(file: str, options: argparse.Namespace) -> None:
+    """How to use a file."""
+    path = display_path(file)
     size = " ".join(map(str, options.imgsz))
     data = f" --data {options.data}" if options.data else ""
     lines = [

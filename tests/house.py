@@ -63,6 +63,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "models.backends.torchscript",
         "models.backends.onnx",
         "models.backends.openvino",
+        "models.backends.tensorrt",
+        "models.backends.coreml",
         "models.backends.yolov5",
         "models.backends.files",
         "models.backends.multi",

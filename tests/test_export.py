@@ -33,7 +33,7 @@ X = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 def needs(*names: str) -> None:
     for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[export]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
 
 
 def tiny(path: Path, cfg: Any = "yolov5n.yaml", nc: int = 3, **changes: Any) -> Path:
@@ -265,7 +265,7 @@ def test_formats_that_are_not_offered_say_what_to_use(include: str) -> None:
 @pytest.mark.parametrize(
     "options, line",
     [
-        ({"include": "onyx"}, "unknown format; expected torchscript, onnx, openvino, yolov5"),
+        ({"include": "onyx"}, "unknown format; expected torchscript, onnx, openvino, engine, coreml, yolov5"),
         ({"include": "torchscript", "nms": True}, "--nms belongs to onnx"),
         ({"include": "onnx", "int8": True}, "--int8 belongs to openvino"),
         ({"include": "openvino", "int8": True}, "Name the dataset with --data"),
@@ -292,10 +292,12 @@ def test_a_missing_package_is_one_line_with_the_command(
     assert not best.with_suffix(".onnx").exists()
 
 
-@pytest.mark.parametrize("name", ["a.engine", "a.tflite", "a.mlpackage", "a.jpg"])
+@pytest.mark.parametrize("name", ["a.mlmodel", "a.tflite", "a.jpg"])
 def test_files_that_cannot_be_run_are_told_from_those_that_can(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"expected \.pt, \.torchscript, \.onnx, _openvino_model"):
+    with pytest.raises(
+        UserError, match=r"expected \.pt, \.torchscript, \.onnx, _openvino_model, \.engine, \.mlpackage"
+    ):
         load(tmp_path / name)
 
 

@@ -140,18 +140,6 @@ def prune(model: nn.Module, amount: float = 0.3) -> None:
     runtime.LOGGER.info(f"Model pruned to {sparsity(model):.3g} global sparsity")
 
 
-def load_classifier(name: str = "resnet101", n: int = 2) -> nn.Module:
-    """torchvision's classifier of that name, with its trained weights and a new last layer for `n` classes.
-
-    torchvision fetches the weights where they are not in its cache.
-    """
-    import torchvision
-
-    model: Any = torchvision.models.get_model(name, weights="DEFAULT")
-    model.fc = nn.Linear(model.fc.in_features, n)
-    return model
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 

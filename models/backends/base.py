@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.base import Output, SegmentOutput
 from models.yolo import DetectionModel
-from utils.config import UserError, display_path
+from utils.config import UserError, display_path, one_line
 
 MAX_CLASSES = 10_000
 
@@ -67,6 +67,7 @@ class ExportOptions:
     topk_all: int = 100
     topk_per_class: int = 100
     with_code: bool = False
+    workspace: int = 4  # GiB of GPU memory that TensorRT may use while it builds
     source: Path | None = None  # the checkpoint the network is from
     calibration: Sequence[Tensor] = ()  # for int8: images (1, 3, h, w) in 0..1
 
@@ -89,6 +90,11 @@ class Exported(Backend):
     @classmethod
     def check(cls, options: ExportOptions) -> None:
         """Raise UserError where a package that exporting and running it needs is not installed."""
+
+    @classmethod
+    def cannot_run(cls) -> str:
+        """Why this machine cannot run, and so not compare, files of the format; empty where it can."""
+        return ""
 
     @classmethod
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
@@ -151,10 +157,16 @@ def describe(network: DetectionModel, options: ExportOptions) -> dict[str, Any]:
 
 
 def needed(package: str, use: str) -> Any:
-    """The module of an optional package; UserError with the pip command where it is not installed."""
+    """The module of an optional package; UserError with the pip command where it is not installed, or not wholly."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{use}: needs the package {package}, which is not installed: pip install {package}")
-    return importlib.import_module(package)
+    try:
+        return importlib.import_module(package)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"{use}: the package {package} is installed but cannot be imported ({one_line(str(error))}): "
+            f"pip install --force-reinstall {package}"
+        ) from None
 
 
 class Traceable(nn.Module):
@@ -174,9 +186,11 @@ class Traceable(nn.Module):
 
 
 @torch.no_grad()
-def traceable(network: DetectionModel, options: ExportOptions) -> tuple[Traceable, Tensor]:
-    """The network to trace and blank images of the size to trace it with."""
-    model = Traceable(network, options)
+def traceable(
+    network: DetectionModel, options: ExportOptions, device: str | torch.device | None = None
+) -> tuple[Traceable, Tensor]:
+    """The network to trace and blank images of the size to trace it with, on the device or where the network is."""
+    model = Traceable(network, options).to(device)
     parameter = next(model.parameters())
     shape = (options.batch_size, network.graph.ch, *options.size_hw)
     images = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
@@ -184,9 +198,11 @@ def traceable(network: DetectionModel, options: ExportOptions) -> tuple[Traceabl
     return model, images
 
 
-def trace(network: DetectionModel, options: ExportOptions) -> tuple[Any, Tensor]:
-    """The network as TorchScript, and the blank images it was traced with."""
-    model, images = traceable(network, options)
+def trace(
+    network: DetectionModel, options: ExportOptions, device: str | torch.device | None = None
+) -> tuple[Any, Tensor]:
+    """The network as TorchScript, and the blank images it was traced with; arguments as of `traceable`."""
+    model, images = traceable(network, options, device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's age, and sizes that become constants: compared afterwards
         return torch.jit.trace(model, images, strict=False, check_trace=False), images

@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 
 from models.backends.base import Backend, Exported
+from models.backends.coreml import CoreML
 from models.backends.onnx import ONNX
 from models.backends.openvino import OpenVINO
 from models.backends.pytorch import PyTorch, speed_up_, to_bf16_
+from models.backends.tensorrt import TensorRT
 from models.backends.torchscript import TorchScript
 from models.backends.yolov5 import YOLOv5
 from models.checkpoints.files import load_model
 from utils.config import UserError
 from utils.downloads import find_weights
 
-FORMATS: dict[str, type[Exported]] = {kind.include: kind for kind in (TorchScript, ONNX, OpenVINO, YOLOv5)}
-READERS: tuple[type[Exported], ...] = (TorchScript, ONNX, OpenVINO)
+READERS: tuple[type[Exported], ...] = (TorchScript, ONNX, OpenVINO, TensorRT, CoreML)
+WRITERS: tuple[type[Exported], ...] = (*READERS, YOLOv5)
+FORMATS: dict[str, type[Exported]] = {kind.include: kind for kind in WRITERS}
 
 
 def load(

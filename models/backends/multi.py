@@ -14,6 +14,7 @@ from models.backends.files import load
 from models.backends.onnx import ONNX
 from models.backends.openvino import OpenVINO
 from models.backends.pytorch import PyTorch
+from models.backends.tensorrt import TensorRT
 from models.backends.torchscript import TorchScript
 
 
@@ -42,7 +43,7 @@ class DetectMultiBackend(nn.Module):
         self.stride, self.names = self.backend.stride, self.backend.names
         self.pt, self.jit = isinstance(self.backend, PyTorch), isinstance(self.backend, TorchScript)
         self.onnx, self.xml = isinstance(self.backend, ONNX), isinstance(self.backend, OpenVINO)
-        self.engine = self.triton = False
+        self.engine, self.triton = isinstance(self.backend, TensorRT), False
         self.fp16, self.batch_size = self.backend.dtype == torch.float16, self.backend.batch_size or 1
 
     @property

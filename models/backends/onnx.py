@@ -115,7 +115,7 @@ class ONNX(Exported):
     @classmethod
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
         onnx = needed("onnx", "--include onnx")
-        model = onnx.load_from_string(_exported(network, options))
+        model = onnx.load_from_string(serialized(network, options))
         if options.nms:
             model = with_suppression(onnx, model, options)
         if options.simplify:
@@ -135,7 +135,7 @@ class ONNX(Exported):
         return [as_predictions(tensors[0], len(self.names))] if self.is_final else tensors
 
 
-def _exported(network: DetectionModel, options: ExportOptions) -> bytes:
+def serialized(network: DetectionModel, options: ExportOptions) -> bytes:
     """The network as a serialized ONNX model."""
     model, images = traceable(network, options)
     outputs = [OUTPUT, PROTOTYPES] if network.num_masks else [OUTPUT]
@@ -160,7 +160,7 @@ def _exported(network: DetectionModel, options: ExportOptions) -> bytes:
             )
         except (RuntimeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"--include onnx: torch cannot export it at opset {options.opset} ({line}).") from None
+            raise UserError(f"--opset {options.opset}: torch cannot export the network to ONNX ({line}).") from None
         return file.read_bytes()
 
 

@@ -65,7 +65,7 @@ class OpenVINO(Exported):
     def export(cls, network: DetectionModel, stem: Path, options: ExportOptions) -> Path:
         openvino = needed("openvino", "--include openvino")
         full = ExportOptions(**{**vars(options), "half": False})  # weights become fp16 when they are stored
-        script, images = trace(network.cpu(), full)
+        script, images = trace(network, full, "cpu")
         model = openvino.convert_model(script, example_input=images)
         model.reshape([-1, images.shape[1], -1, -1] if options.dynamic else list(images.shape))
         if options.int8:

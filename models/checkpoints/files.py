@@ -31,7 +31,6 @@ VERSION = 1
 MAX_MODULES = 100_000  # a network of records may refer to itself; yolov5x6 has 575 modules
 MAX_NAME = 500  # characters of a tensor's name
 MAX_LEVELS = 16
-TRAINING_ONLY = ("ema", "updates", "optimizer", "schedule", "rng")
 PLAIN = (str, int, float, type(None))
 NUMPY_CODES = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "u1": "B", "b1": "?"}
 
