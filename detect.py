@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
 from utils.names import counted
-from utils.runtime import LOGGER, check_half, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, check_half, keep_freed_memory, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     import cv2
@@ -301,7 +301,9 @@ def _detect(options: argparse.Namespace) -> None:
     from utils.inference import DetectOptions, Detector, input_hw, speed_line
 
     options.view_img = options.view_img or (source.live and can_show())
-    network = _load(options, select_device(options.device))
+    device = select_device(options.device)
+    keep_freed_memory(device)
+    network = _load(options, device)
     size_hw = input_hw(options.imgsz, network)
     how = DetectOptions(
         conf_thres=options.conf_thres,

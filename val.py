@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config import ROOT, WORK, ArgumentParser, UserError, check_minimum, display_path, options_from
 from utils.files import make_run_dir
-from utils.runtime import LOGGER, check_half, run_script, select_device, setup_logging
+from utils.runtime import LOGGER, check_half, keep_freed_memory, run_script, select_device, setup_logging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +107,7 @@ def _validate(options: argparse.Namespace) -> Summary:
 
     speed = options.task == "speed"
     device = select_device(options.device, options.batch_size)
+    keep_freed_memory(device)
     task = options.task if options.task in ("train", "val", "test") else "val"
     spec = prepare(options.data, task=task)
     if options.half:

@@ -102,8 +102,9 @@ class Conv(ScaledLayer):
         x = self.conv(x)
         if self.bn is None:
             return self.act(x)
-        if may_recompute(x, self.bn, self.act):
-            return norm_silu(x, self.bn)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (the script compiler leaves the whole block out)
+            if may_recompute(x, self.bn, self.act):
+                return norm_silu(x, self.bn)
         return self.act(self.bn(x))
 
     def forward_fuse(self, x: Tensor) -> Tensor:

@@ -93,13 +93,12 @@ class Detect(nn.Module):
     def forward(self, x: list[Tensor]) -> Any:
         raw = [self._raw(conv(level)) for conv, level in zip(self.m, x)]
         if self.training:
-            return raw  # of channels-last maps a view: the loss reads them where they are
-        raw = [level.contiguous() for level in raw]
+            return raw
         predictions = self.decode(raw)
         return (predictions,) if self.export else Output(predictions, raw)
 
     def _raw(self, y: Tensor) -> Tensor:
-        """(B, na*no, H, W) as (B, na, H, W, no)."""
+        """(B, na*no, H, W) as (B, na, H, W, no): a view, which of channels-last maps has whole rows in memory."""
         b, _, h, w = y.shape
         return y.view(b, self.na, self.no, h, w).permute(0, 1, 3, 4, 2)
 
@@ -115,21 +114,22 @@ class Detect(nn.Module):
             xy = (xy.sigmoid() * 2 + self.grid[i]) * self.stride[i]
             wh = (wh.sigmoid() * 2) ** 2 * self.anchor_grid[i]
             b, na, h, w, no = level.shape
-            flat.append(torch.cat((xy, wh, scores.sigmoid(), masks), 4).view(b, na * h * w, no))
+            flat.append(torch.cat((xy, wh, scores.sigmoid(), masks), 4).reshape(b, na * h * w, no))
         return torch.cat(flat, 1)
 
     def _decode_in_place(self, raw: Sequence[Tensor]) -> Tensor:
         """The same numbers with one tensor of predictions and no temporaries: large batches are bound by memory."""
-        out = torch.cat([level.flatten(1, 3) for level in raw], 1)
+        cells = [level.shape[1:4].numel() for level in raw]
+        out = raw[0].new_empty(len(raw[0]), sum(cells), self.no)
+        levels = [rows.unflatten(1, level.shape[1:4]) for level, rows in zip(raw, out.split(cells, 1))]
+        for level, rows in zip(raw, levels):
+            rows.copy_(level)
         (out if self.no == self.nc + 5 else out[..., : self.nc + 5]).sigmoid_()
-        start = 0
-        for i, level in enumerate(raw):
-            end = start + level.shape[1] * level.shape[2] * level.shape[3]
-            boxes = out[:, start:end, :4].unflatten(1, level.shape[1:4])
+        for i, rows in enumerate(levels):
+            boxes = rows[..., :4]
             boxes.mul_(2)
             boxes[..., :2].add_(self.grid[i]).mul_(self.stride[i])
             boxes[..., 2:].square_().mul_(self.anchor_grid[i])
-            start = end
         return out
 
     def _refresh_grid(self, i: int, level: Tensor) -> None:

@@ -74,7 +74,7 @@ def test_sync_bn_replaces_the_batch_norms_before_the_network_is_on_its_device(
     for sync in (True, False):
         training = object.__new__(train.Training)
         training.options = argparse.Namespace(
-            weights="", cfg=str(micro_network(tmp_path)), sync_bn=sync, insert=[], seed=0
+            weights="", cfg=str(micro_network(tmp_path)), sync_bn=sync, insert=[], seed=0, init_seed=None
         )
         training.weights = None
         training.device, training.resumed, training.main, training.hyp = CUDA, None, False, {}

@@ -43,6 +43,7 @@ SIZES = {
     "yolov5s-ghost": (3_897_605, 529),
     "yolov5s-transformer": (7_235_645, 348),
     "yolov5s-LeakyReLU": (7_235_389, 349),
+    "yolov5s-c3se": (7_263_677, 371),
     "yolov5s-se-last": (7_268_157, 351),
     "yolov5s-se-presppf": (7_268_157, 351),
     "yolov5n-se-last": (1_880_349, 351),

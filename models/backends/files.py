@@ -11,7 +11,7 @@ from models.backends.base import Backend, Exported
 from models.backends.coreml import CoreML
 from models.backends.onnx import ONNX
 from models.backends.openvino import OpenVINO
-from models.backends.pytorch import PyTorch, speed_up_, to_bf16_
+from models.backends.pytorch import PyTorch, to_bf16_
 from models.backends.tensorrt import TensorRT
 from models.backends.torchscript import TorchScript
 from models.backends.yolov5 import YOLOv5
@@ -61,8 +61,6 @@ def load(
         load_model(find_weights(name), device, fuse=fuse).to(memory_format=torch.channels_last) for name in names
     ]
     for network in networks:
-        if fuse:
-            speed_up_(network)
         if half and network.head.stride.device.type == "cpu":
             to_bf16_(network)
         elif half:

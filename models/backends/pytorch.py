@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,63 +12,6 @@ from models.backends.base import Backend
 from models.base import Output
 from models.yolo import DetectionModel
 from utils.config import UserError
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution that a CPU runs with oneDNN's matrix kernels, whose layout of the weights is made once.
-
-    torch's own call takes about twice as long for them (yolov5n as a whole took 16 to 29 % less CPU time
-    on one core). There, sums over more than 128 channels came out in another order: boxes moved by at most 0.001
-    pixels, scores by 1e-6. The layout is kept beside the parameters and made anew when these change, but a change in
-    place through `.data`, which torch does not count, is not seen. With gradients, in other types than fp32, off the
-    CPU and in a trace torch's own call is used.
-    """
-
-    _laid_out: tuple[Any, Tensor] | None = None  # which weights, and these as oneDNN reads them
-
-    @staticmethod
-    def here() -> bool:
-        """Whether this torch has oneDNN's kernels, and the processor is one on which they were measured."""
-        known = platform.machine().lower() in ("x86_64", "amd64")
-        return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        recorded = torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if recorded or not self._takes(x, weight):
-            return super().forward(x)
-        now = (weight.data_ptr(), weight._version, x.shape[1])
-        if self._laid_out is None or self._laid_out[0] != now:
-            dense = weight.detach().contiguous().to_mkldnn()
-            geometry = (self.padding, self.stride, self.dilation, self.groups)
-            self._laid_out = now, torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, *geometry)
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self._laid_out[1], self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-        )
-
-    @staticmethod
-    def _takes(x: Tensor, weight: Tensor) -> bool:
-        """Plain fp32 on a CPU; changes of weights made in inference mode are not counted, so those are left alone."""
-        plain = type(x) is Tensor and x.device.type == weight.device.type == "cpu" and x.numel() > 0
-        return plain and x.dtype is weight.dtype is torch.float32 and not weight.is_inference()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._laid_out = None
-        return super()._apply(fn, recurse)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies, and what is saved, are torch's own convolution."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_laid_out"}
-        return copyreg._reconstructor, (nn.Conv2d, object, None), state  # type: ignore[attr-defined]
-
-
-def speed_up_(network: nn.Module) -> None:
-    """Let the 1x1 convolutions of a network that only infers be `Pointwise`, in place, where these work."""
-    if Pointwise.here():
-        for layer in network.modules():
-            alone = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.padding == (0, 0)
-            if alone and layer.groups == 1:
-                layer.__class__ = Pointwise
 
 
 def to_bf16_(network: DetectionModel) -> None:
