@@ -28,7 +28,7 @@ fast: $(READY) ## run the tests that take seconds
 	$(PY) -m pytest -m "not slow"
 
 exact: $(READY) ## every gate at every place of every network, bit for bit (an hour)
-	EXACT=all $(PY) -m pytest tests/test_exact.py -s
+	EXACT=all $(PY) -m pytest tests/test_exact.py tests/test_inside.py -s
 
 fuzz: $(READY) ## attack every reader of files, for SECONDS=1200 in all
 	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),1200)
