@@ -132,7 +132,9 @@ def test_ray_gives_cell_for_cell_what_processes_give(
         results[engine], tensors[engine] = {}, {}
         for cell in folder.glob("cells/*/*"):
             name = f"{cell.parent.name} {cell.name}"
-            results[engine][name] = {**json.loads((cell / "cell.json").read_text(encoding="utf-8")), "seconds": 0}
+            found = json.loads((cell / "cell.json").read_text(encoding="utf-8"))
+            differs = {"seconds": 0, "registered": found["registered"] != ""}  # when, and by which command
+            results[engine][name] = {**found, **differs}
             weights = read(cell / "weights/last.pt").tensors
             tensors[engine].update({f"{name} {key}": tensor for key, tensor in weights.items()})
     assert len(results["local"]) == 4 and results["ray"] == results["local"]

@@ -212,8 +212,12 @@ def _flawless_boxes(text: str, num_classes: int | None) -> Floats | None:
     """The labels of a file in which every row is a box and nothing is to be said, clipped or left out; else None."""
     if "_" in text or not text.isascii():
         return None
-    rows = [row for row in map(str.split, _lines(text)) if row]
-    if not rows or len(rows) > MAX_LABELS or any(len(row) != 5 for row in rows):
+    rows: list[list[str]] = []
+    for row in filter(None, map(str.split, _lines(text))):  # a hostile file ends here before it is all in memory
+        if len(row) != 5 or len(rows) == MAX_LABELS:
+            return None
+        rows.append(row)
+    if not rows:
         return None
     try:
         values = np.array([float(token) for row in rows for token in row]).reshape(-1, 5)
