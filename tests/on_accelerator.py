@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from conftest import TinyDataset
 from test_dataloaders import STRONG, build
 from test_engine import CLASSES, make_batch, micro_yaml
-from test_train import quick, rows_of, same, weights_of
+from test_train import check_resumed, quick, rows_of, weights_of
 
 import detect
 import train
@@ -75,13 +74,7 @@ def test_a_run_on_the_accelerator_ends_like_the_one_on_the_cpu(runs: dict[str, a
 
 
 def test_a_run_goes_on_bit_for_bit_on_the_accelerator(runs: dict[str, argparse.Namespace], tmp_path: Path) -> None:
-    whole, stopped = runs["sim"], tmp_path / "stopped"
-    (stopped / "weights").mkdir(parents=True)
-    shutil.copy(whole.save_dir / "weights/epoch0.pt", stopped / "weights/last.pt")
-    shutil.copy(whole.save_dir / "results.csv", stopped / "results.csv")
-    train.run(resume=str(stopped / "weights/last.pt"))
-    assert same(weights_of(whole.save_dir / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
-    assert rows_of(stopped) == rows_of(whole.save_dir)
+    check_resumed(runs["sim"].save_dir, tmp_path / "stopped")
 
 
 def test_validation_and_detection_on_the_accelerator_find_what_the_cpu_finds(

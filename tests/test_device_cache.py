@@ -16,7 +16,7 @@ import torch
 from conftest import TinyDataset
 from fake_cuda import CUDA, fake_cuda
 from test_dataloaders import STRONG, TRAIN, build, spoil
-from test_train import HYP, quick, rows_of, same, weights_of
+from test_train import HYP, check_resumed, quick, rows_of, same, weights_of
 
 import train
 from utils import augmentations, device_cache
@@ -311,13 +311,7 @@ def test_a_run_ends_close_to_the_hosts_and_equal_to_itself(runs: dict[str, argpa
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(runs: dict[str, argparse.Namespace], tmp_path: Path) -> None:
-    whole, stopped = runs["first"], tmp_path / "stopped"
-    (stopped / "weights").mkdir(parents=True)
-    shutil.copy(whole.save_dir / "weights/epoch0.pt", stopped / "weights/last.pt")
-    shutil.copy(whole.save_dir / "results.csv", stopped / "results.csv")
-    train.run(resume=str(stopped / "weights/last.pt"))
-    assert same(weights_of(whole.save_dir / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
-    assert rows_of(stopped) == rows_of(whole.save_dir)
+    check_resumed(runs["first"].save_dir, tmp_path / "stopped")
 
 
 @pytest.mark.slow

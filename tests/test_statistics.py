@@ -369,7 +369,7 @@ def test_equivalence_needs_every_seed_within_the_margin_or_nearly() -> None:
 
 def test_a_small_but_sure_difference_is_equivalent_and_a_large_one_is_not() -> None:
     assert only(against_zero(*[0.004 + 0.0001 * i for i in range(8)])).verdict == "equivalent"
-    assert only(against_zero(*[0.005] * 8)).verdict == "better", "the rule asks for the difference first"
+    assert only(against_zero(*[0.005] * 8)).verdict == "better", "a difference comes before equivalence"
     assert only(against_zero(*[-0.02, -0.03] * 4)).verdict == "worse"
     assert only(against_zero(*[0.03, -0.03] * 4)).verdict == "undecided"
     wide = compare(against_zero(*[0.004] * 8), "plain", rule=Rule(least=0.001, margin=0.002))

@@ -211,16 +211,18 @@ def test_pictures_are_written(tiny_dataset: TinyDataset, tmp_path: Path) -> None
 
 
 def test_a_run_interrupted_between_epochs_goes_on_bit_for_bit(finished: argparse.Namespace, tmp_path: Path) -> None:
-    """The checkpoint of epoch 0, kept by --save-period, stands for a run that was stopped there."""
-    whole = finished
-    stopped = tmp_path / "stopped"
+    check_resumed(finished.save_dir, tmp_path / "stopped")
+
+
+def check_resumed(whole: Path, stopped: Path) -> None:
+    """Resume in a new folder from epoch 0 of a run with --save-period 1: it must end as that run did."""
     (stopped / "weights").mkdir(parents=True)
-    shutil.copy(whole.save_dir / "weights/epoch0.pt", stopped / "weights/last.pt")
-    shutil.copy(whole.save_dir / "results.csv", stopped / "results.csv")  # has a row of epoch 1 already
+    shutil.copy(whole / "weights/epoch0.pt", stopped / "weights/last.pt")
+    shutil.copy(whole / "results.csv", stopped / "results.csv")  # has a row of epoch 1 already
     resumed = train.run(resume=str(stopped / "weights/last.pt"))
     assert resumed.save_dir == stopped
-    assert same(weights_of(whole.save_dir / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
-    assert rows_of(stopped) == rows_of(whole.save_dir)
+    assert same(weights_of(whole / "weights/last.pt"), weights_of(stopped / "weights/last.pt"))
+    assert rows_of(stopped) == rows_of(whole)
 
 
 def stopped_after_epoch_0(finished: argparse.Namespace, folder: Path) -> Path:

@@ -123,7 +123,7 @@ def test_other_networks_come_back_as_they_went(cfg: str, tmp_path: Path) -> None
     wanted = predictions(rounded(source))
     assert torch.equal(predictions(load_model(file, fuse=False)), wanted)
     raw = torch.load(file, weights_only=False)["model"].float().eval()
-    # torch 2.11 takes another path through the transformer's attention where no parameter wants a gradient
+    # torch 2.11 takes another path through the transformer's attention where no parameter has a gradient
     torch.testing.assert_close(predictions(raw), wanted, rtol=1e-5, atol=1e-4)
 
 

@@ -163,8 +163,8 @@ def build_trainer(
 def _compiled(network: nn.Module, device: torch.device) -> nn.Module:
     """The same parameters behind `torch.compile`, which works at the first batch of each size.
 
-    Measured on a CPU (yolov5n at 320 pixels, bf16, one thread): 400 s of work for 22.8 ms an image instead of 22.4. On
-    CUDA it was never measured.
+    Measured on a CPU (yolov5n at 320 pixels, bf16, one thread): 400 s, while the machine was busy with other things,
+    for 22.8 ms of CPU an image instead of 22.4. On CUDA it was never measured.
 
     Raises:
         UserError: a CPU, for which C++ is generated, without a compiler.
